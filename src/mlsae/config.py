@@ -1,0 +1,490 @@
+"""Every knob, once: a field with its unit in the docstring under it. Flags, help, YAML keys and config.json all derive from here.
+
+Two recipes share one code path: what differs between them is data, in `RECIPES` (METHOD: defects D1-D29 of the published code).
+This module imports neither torch nor transformers, so a config error costs a fraction of a second.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mlsae.errors import ConfigError
+
+FrameName = Literal["layer", "vector", "none"]
+RecipeName = Literal["standard", "lawson2024"]
+PrecisionName = Literal["float32", "bfloat16", "float16"]
+
+
+def _whole(value: Any) -> Any:
+    """1e8 and "1e8" are the integer 100000000; everything else is left for the type check."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[
+    int,
+    BeforeValidator(_whole),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=lambda args: _whole(args[0]),
+        is_instance=lambda value: isinstance(value, int | float),
+        str_from_instance=lambda value: [f"{value:g}" if value >= 100_000 else str(value)],
+    ),
+]
+"""A whole number that may be written 1e8."""
+
+Layers = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One set of training rules. The letters name the defect a rule removes or, in `lawson2024`, keeps."""
+
+    frame: FrameName
+    special_tokens: Literal["drop", "zero"]
+    """D5: masked vectors are left out, or set to zero and kept."""
+    mask_first_position: bool
+    mask_norm_factor: float | None
+    bias_init: Literal["framed", "raw"]
+    """D4: the geometric median is taken in the frame's space, or in the residual stream's."""
+    variance: Literal["per_dimension", "all_scalars"]
+    """D6: what the squared error is divided by: a fixed variance about each feature's mean, or the batch's over all scalars."""
+    aux: Literal["residual", "framed"]
+    """D3: AuxK predicts the detached error in the loss's own space, or the raw error with a framed reconstruction."""
+    normalize: Literal["after_step", "each_micro_batch"]
+    """D7: decoder rows are unit norm after every step, or before each micro-batch's gradient is projected."""
+    dead_clock: Literal["tokens", "forwards"]
+    """D2: a latent's quiet time is counted in tokens, or in forward passes against a threshold in optimizer steps."""
+    validation_counts: bool
+    """D8: validation forwards move the dead-latent clock."""
+    validation_data: Literal["validation", "train"]
+    """D18: validation reads held-out text, or the first blocks of the training stream."""
+    order: Literal["shuffled", "file"]
+    packing: Literal["carry", "groups"]
+    """Remainders are carried on, or every 1,024 documents are packed alone and their last partial block is dropped."""
+    lr: float | None
+    """None: 2e-4 / sqrt(n_latents / 2^14)."""
+    warmup_fraction: float
+    decay_fraction: float
+    dead_after_tokens: int | None
+    """None: 10,000,000 tokens, or a tenth of the run if that is less."""
+    micro_batch: int | None
+    """Sequences in one forward pass; None: as many as make about 8,192 tokens."""
+    validate_every_steps: int | None
+    cuda_precision: PrecisionName
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "standard": Recipe(
+        frame="layer",
+        special_tokens="drop",
+        mask_first_position=True,
+        mask_norm_factor=10.0,
+        bias_init="framed",
+        variance="per_dimension",
+        aux="residual",
+        normalize="after_step",
+        dead_clock="tokens",
+        validation_counts=False,
+        validation_data="validation",
+        order="shuffled",
+        packing="carry",
+        lr=None,
+        warmup_fraction=0.02,
+        decay_fraction=0.2,
+        dead_after_tokens=None,
+        micro_batch=None,
+        validate_every_steps=None,
+        cuda_precision="bfloat16",
+    ),
+    "lawson2024": Recipe(
+        frame="vector",
+        special_tokens="zero",
+        mask_first_position=False,
+        mask_norm_factor=None,
+        bias_init="raw",
+        variance="all_scalars",
+        aux="framed",
+        normalize="each_micro_batch",
+        dead_clock="forwards",
+        validation_counts=True,
+        validation_data="train",
+        order="file",
+        packing="groups",
+        lr=1e-4,
+        warmup_fraction=0.0,
+        decay_fraction=0.0,
+        dead_after_tokens=10_000_000,
+        micro_batch=1,
+        validate_every_steps=64,
+        cuda_precision="float16",
+    ),
+}
+
+
+class Config(BaseModel):
+    """A frozen set of knobs that refuses unknown keys and wrong types in one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise config_error(error, type(self)) from None
+
+    def replaced(self, **changes: Any) -> Self:
+        """The same config with some fields changed, validated anew."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values by field name."""
+        return self.model_dump(mode="json")
+
+
+class DictionaryFields(Config):
+    """What training and a saved SAE say alike about the dictionary."""
+
+    k: Annotated[int, Field(ge=1)] = 32
+    """Active latents of each residual vector."""
+    layers: Layers | None = None
+    """Layers the SAE reads, 0-based; None: every layer."""
+    groups: Annotated[int, Field(ge=1)] = 1
+    """Dictionaries: 1 shares one over all layers (an MLSAE), the number of layers trains one each, between are runs of neighbours."""
+    mask_special_tokens: bool = True
+    """Leave out the vectors of special tokens."""
+
+    @model_validator(mode="after")
+    def _layers_and_groups(self) -> Self:
+        if self.layers is not None:
+            check_layers(self.layers)
+            if self.groups > len(self.layers):
+                raise ConfigError("groups", f"{self.groups} exceeds the {len(self.layers)} layers; lower it")
+        return self
+
+
+class MLSAEConfig(DictionaryFields):
+    """The shape and conventions of one SAE: everything `from_pretrained` needs besides the weights."""
+
+    d_model: Annotated[int, Field(ge=1)]
+    """Width of the residual stream."""
+    n_latents: Annotated[int, Field(ge=1)]
+    """Latents in all, over all groups; or give expansion_factor."""
+    expansion_factor: Annotated[float, Field(gt=0)]
+    """Latents of one dictionary as a multiple of d_model (default 16)."""
+    frame: FrameName = "layer"
+    """Invertible map before the encoder: `layer` centres and scales each layer, `vector` standardises each vector, `none` is the identity."""
+    mask_first_position: bool = True
+    """Leave out the first position of every sequence."""
+    mask_norm_factor: Annotated[float, Field(gt=1)] | None = 10.0
+    """Leave out tokens whose norm exceeds this many times their layer's median; None: off."""
+    special_tokens: Literal["drop", "zero"] = "drop"
+    """What masking does: leave vectors out, or set them to zero (lawson2024)."""
+    recipe: RecipeName = "standard"
+    """Training rules the weights come from."""
+    lm: str | None = None
+    """Language model the SAE reads: Hub id or folder."""
+    lm_revision: str | None = None
+    """Commit of the language model, if known."""
+    tokenizer_fingerprint: str | None = None
+    """SHA-256 that tells this language model's tokenizer from others."""
+    activation: Literal["topk"] = "topk"
+    """The k largest pre-activations, then ReLU."""
+    format_version: Literal[1] = 1
+    """Version of this file's layout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, values: Any) -> Any:
+        """Fill n_latents from expansion_factor or the reverse; refuse a pair that disagrees."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("d_model"), int):
+            return values
+        d_model, groups = values["d_model"], values.get("groups", 1)
+        n_latents, factor = values.get("n_latents"), values.get("expansion_factor")
+        if n_latents is None:
+            n_latents = latents_in(d_model, 16 if factor is None else factor) * groups
+        if not isinstance(n_latents, int) or n_latents % groups or d_model < 1:
+            raise ConfigError("n_latents", f"{n_latents} does not split into {groups} groups; choose a multiple")
+        if factor is not None and not math.isclose(n_latents, factor * d_model * groups):
+            raise ConfigError(
+                "n_latents",
+                f"{n_latents} is not expansion_factor x d_model x groups = {factor:g} x {d_model} x {groups}; give one",
+            )
+        return {**values, "n_latents": n_latents, "expansion_factor": n_latents / groups / d_model}
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        n_latents = self.n_latents // self.groups
+        if self.k > n_latents:
+            raise ConfigError(
+                "k",
+                f"{self.k} exceeds n_latents {n_latents} (= {self.d_model} x {self.expansion_factor:g}); "
+                "lower k or raise expansion_factor",
+            )
+        return self
+
+
+def latents_in(d_model: int, expansion_factor: float) -> int:
+    """expansion_factor x d_model, refused unless it is a whole number of at least one."""
+    product = d_model * expansion_factor
+    if not (product >= 1 and float(product).is_integer()):
+        raise ConfigError(
+            "expansion_factor",
+            f"{expansion_factor:g} x d_model {d_model} = {product:g} latents; choose a factor that gives a whole number",
+        )
+    return int(product)
+
+
+Positive = Annotated[Count, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainConfig(DictionaryFields):
+    """What `train` needs to know. A field that is None is filled in at the start and written to RUN/config.json."""
+
+    lm: str
+    """Language model to read: a Hugging Face id or a folder."""
+    data: str
+    """Text to train on: a .txt/.jsonl/.jsonl.zst/.parquet file, a folder of them, or a Hub dataset."""
+    out: str
+    """Run directory to write."""
+    tokens: Positive = 100_000_000
+    """Tokens to train on; past the end of the text it starts again, in a new order."""
+    expansion_factor: Annotated[float, Field(gt=0)] | None = None
+    """Latents of one dictionary as a multiple of d_model; None: 16."""
+    n_latents: Positive | None = None
+    """Latents in all, instead of expansion_factor."""
+    recipe: RecipeName = "standard"
+    """`standard` is right; `lawson2024` trains as the published code does."""
+    frame: FrameName | None = None
+    """Map before the encoder; None: the recipe's (standard: layer, lawson2024: vector)."""
+    mask_first_position: bool | None = None
+    """Leave out the first position of every sequence; None: the recipe's."""
+    mask_norm_factor: Annotated[float, Field(ge=0)] | None = None
+    """Leave out tokens whose norm exceeds this many times their layer's median; 0: off; None: the recipe's (standard: 10)."""
+    context_length: Positive | None = None
+    """Tokens in a sequence; None: 2048 or the language model's limit."""
+    batch_size: Positive | None = None
+    """Sequences in one forward pass; None: about 8,192 tokens."""
+    accumulation_steps: Positive | None = None
+    """Forward passes in one optimizer step; None: 131,072 tokens a step, or a thousandth of the run if that is less."""
+    lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate; None: 2e-4 / sqrt(n_latents / 2^14), lawson2024 1e-4."""
+    warmup_fraction: Fraction | None = None
+    """Share of the steps in which the learning rate rises from zero; None: the recipe's."""
+    decay_fraction: Fraction | None = None
+    """Share of the steps, at the end, in which it falls to zero; None: the recipe's."""
+    adam_betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), strict=False)
+    """Adam's decay rates."""
+    adam_eps: Annotated[float, Field(gt=0)] = 6.25e-10
+    """Adam's epsilon."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest gradient norm; None: no clipping."""
+    k_aux: Annotated[int, Field(ge=0)] | None = None
+    """Dead latents that AuxK revives per vector; 0: off; None: 256, or all there are."""
+    aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
+    """Weight of the AuxK loss."""
+    dead_after_tokens: Positive | None = None
+    """Tokens without a value above dead_threshold that make a latent dead; None: 10,000,000 or a tenth of the run, lawson2024 10,000,000."""
+    dead_threshold: Annotated[float, Field(ge=0)] = 1e-3
+    """Value a latent must exceed to count as alive."""
+    init_tokens: Positive = 32_768
+    """Unmasked tokens that fix the frame, the variances and the bias before the first step."""
+    text_column: str = "text"
+    """Column or key that holds the text."""
+    split: str = "train"
+    """Part of the data to train on: a split it has, or `all`; data without splits is divided by document 96/2/2."""
+    skip_bad_rows: bool = False
+    """Count rows whose text is no string instead of stopping."""
+    streaming: bool = False
+    """Read a Hub dataset row by row, only as far as `tokens` needs."""
+    separator_token: str | None = None
+    """Token between documents; None: the tokenizer's end of sequence."""
+    repeat: bool = True
+    """Start over when the text ends; off: stop cleanly and say how many tokens were used."""
+    seed: int = 42
+    """Seed of the initial weights and of the data order."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; None: the first accelerator, else cpu."""
+    lm_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the language model; None: float32 on a CPU, bfloat16 on an accelerator that has it."""
+    precision: PrecisionName | None = None
+    """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on an accelerator that has it, else float32."""
+    log_every_steps: Positive | None = None
+    """Steps between lines of metrics.jsonl; None: two hundred lines a run."""
+    save_every_steps: Positive | None = None
+    """Steps between checkpoints; None: ten a run."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints to keep."""
+    validate_every_steps: Positive | None = None
+    """Steps between validations on held-out text; None: never, lawson2024 64."""
+    validation_sequences: Positive = 512
+    """Sequences in one validation."""
+    log_to: Literal["wandb", "trackio", "tensorboard"] | None = None
+    """Also send metrics here; None: files only, nothing leaves this machine."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if (self.warmup_fraction or 0.0) + (self.decay_fraction or 0.0) > 1:
+            raise ConfigError("warmup_fraction", "with decay_fraction more than the whole run; lower one of them")
+        if self.n_latents is not None and self.expansion_factor is not None:
+            raise ConfigError("n_latents", "given together with expansion_factor; give one of them")
+        return self
+
+    @property
+    def rules(self) -> Recipe:
+        """The recipe's row of the table."""
+        return RECIPES[self.recipe]
+
+
+@dataclass(frozen=True)
+class LMShape:
+    """What a language model's config tells before its weights are read."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    context_length: int | None
+    """Longest sequence, tokens; None: no limit."""
+
+
+def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
+    """The same config with every None that has a meaning filled in; refuses what this language model makes impossible."""
+    rules = config.rules
+    layers = tuple(range(lm.n_layers)) if config.layers is None else config.layers
+    check_layers(layers, lm)
+    sae = sae_config(config.replaced(layers=layers), lm)
+    context = _context_length(config, lm)
+    per_step = min(131_072, max(config.tokens // 1000, context))
+    batch = config.batch_size or rules.micro_batch or max(1, min(8192, per_step) // context)
+    accumulation = config.accumulation_steps or max(1, per_step // (batch * context))
+    step_tokens = batch * context * accumulation
+    if config.tokens < step_tokens:
+        raise ConfigError("tokens", f"{config.tokens} tokens is less than one step ({step_tokens}); raise it or lower batch_size")
+    n_steps = config.tokens // step_tokens
+    resolved = config.replaced(
+        layers=layers,
+        n_latents=sae.n_latents,
+        expansion_factor=None,
+        frame=sae.frame,
+        mask_first_position=sae.mask_first_position,
+        mask_norm_factor=sae.mask_norm_factor or 0.0,
+        context_length=context,
+        batch_size=batch,
+        accumulation_steps=accumulation,
+        lr=_first(config.lr, rules.lr, 2e-4 / math.sqrt(sae.n_latents / config.groups / 2**14)),
+        warmup_fraction=_first(config.warmup_fraction, rules.warmup_fraction),
+        decay_fraction=_first(config.decay_fraction, rules.decay_fraction),
+        dead_after_tokens=_first(
+            config.dead_after_tokens, rules.dead_after_tokens, max(step_tokens, min(10_000_000, config.tokens // 10))
+        ),
+        k_aux=_first(config.k_aux, min(256, sae.n_latents)),
+        log_every_steps=_first(config.log_every_steps, max(1, n_steps // 200)),
+        save_every_steps=_first(config.save_every_steps, max(1, n_steps // 10)),
+        validate_every_steps=_first(config.validate_every_steps, rules.validate_every_steps),
+    )
+    _check_resolved(resolved, step_tokens)
+    return resolved
+
+
+def sae_config(config: TrainConfig, lm: LMShape) -> MLSAEConfig:
+    """The SAE that a training config describes for one language model."""
+    rules = config.rules
+    norm_factor = _first(config.mask_norm_factor, rules.mask_norm_factor)
+    return MLSAEConfig(
+        d_model=lm.d_model,
+        n_latents=config.n_latents,
+        expansion_factor=config.expansion_factor,
+        k=config.k,
+        layers=config.layers,
+        groups=config.groups,
+        frame=_first(config.frame, rules.frame),
+        mask_special_tokens=config.mask_special_tokens,
+        mask_first_position=_first(config.mask_first_position, rules.mask_first_position),
+        mask_norm_factor=norm_factor or None,
+        special_tokens=rules.special_tokens,
+        recipe=config.recipe,
+        lm=lm.name,
+    )
+
+
+def check_layers(layers: tuple[int, ...], lm: LMShape | None = None) -> None:
+    """Refuse an empty, repeated, negative or (with `lm`) too large layer; layers are ids, so -1 never wraps."""
+    if not layers:
+        raise ConfigError("layers", "empty; name at least one layer or leave it out for all")
+    for layer in layers:
+        if layer < 0:
+            last = f"use {lm.n_layers - 1} for the last" if lm else "count from 0"
+            raise ConfigError("layers", f"{layer} is out of range; {last}")
+        if layers.count(layer) > 1:
+            raise ConfigError("layers", f"{layer} is given twice; name each layer once")
+        if lm is not None and layer >= lm.n_layers:
+            raise ConfigError("layers", f"{layer} is out of range; {lm.name} has layers 0-{lm.n_layers - 1}")
+
+
+def _context_length(config: TrainConfig, lm: LMShape) -> int:
+    limit = lm.context_length
+    if config.context_length is None:
+        return min(2048, limit) if limit else 2048
+    if limit and config.context_length > limit:
+        raise ConfigError("context_length", f"{config.context_length} exceeds the model's {limit}; lower it")
+    if config.context_length < 2:
+        raise ConfigError("context_length", "1; at least 2 tokens are needed to predict one")
+    return config.context_length
+
+
+def _check_resolved(config: TrainConfig, step_tokens: int) -> None:
+    n_latents = config.n_latents or 0
+    if (config.k_aux or 0) > n_latents:
+        raise ConfigError("k_aux", f"{config.k_aux} exceeds n_latents {n_latents}; lower it, or 0 for off")
+    if (config.dead_after_tokens or 0) < step_tokens:
+        raise ConfigError(
+            "dead_after_tokens",
+            f"{config.dead_after_tokens} is less than one step ({step_tokens} tokens), so every latent would be dead "
+            f"at once; use at least {step_tokens}",
+        )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None: 0 and False are values."""
+    return next((value for value in values if value is not None), None)
+
+
+def config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """The first complaint of a validation, in our one-sentence form."""
+    first = error.errors(include_url=False)[0]
+    if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
+        return cause
+    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
+    given = first["input"]
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, list(model.model_fields), n=1, cutoff=0.7)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(model.model_fields)}"
+        return ConfigError(field, f"unknown key '{field}'; {remedy}")
+    if first["type"] == "missing":
+        return ConfigError(field, f"missing; give --{field.replace('_', '-')}")
+    allowed = first["msg"].replace("Input should be ", "must be ").replace("greater than or equal to", "at least")
+    return ConfigError(field, f"{given!r} given; {allowed}")
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The keys of a YAML or JSON file, refused if TrainConfig has no such key."""
+    from mlsae.files import read_yaml
+
+    values = read_yaml(path)
+    for key in values:
+        if key not in TrainConfig.model_fields:
+            near = difflib.get_close_matches(str(key), list(TrainConfig.model_fields), n=1, cutoff=0.7)
+            raise ConfigError(str(path), f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    return values

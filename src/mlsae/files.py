@@ -1,0 +1,357 @@
+"""The one door to the disk: every durable write, lock, checksum, and read of a file we may not have written.
+
+A write is old or new, never a mix: bytes go to a hidden file or folder beside the target, are synced, and renamed once.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mlsae.errors import ConfigError, ModelError, ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 32
+MAX_HEADER_BYTES = 100 << 20
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, durably: after a crash it holds the old bytes or the new ones."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        with open(staged, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+        sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by UTF-8 text, durably."""
+    write_bytes(path, text.encode())
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, two spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by JSON, durably. Keys keep their order; NaN and infinity become null, which JSON has."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with every non-finite float replaced by None."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
+    """Replace `path` by a safetensors file, durably."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` to fill; on a clean exit it is synced and renamed to `target`, else removed."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        try:
+            yield staged
+            for path in sorted(staged.rglob("*")):
+                sync_directory(path)  # files too: fsync wants any descriptor
+            sync_directory(staged)
+            remove(target)
+            os.rename(staged, target)
+            sync_directory(target.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder in two steps, so that a crash leaves it whole or under a name the next start sweeps."""
+    if not path.exists() and not path.is_symlink():
+        return
+    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
+    os.rename(path, trash)
+    if trash.is_dir() and not trash.is_symlink():
+        shutil.rmtree(trash)
+    else:
+        trash.unlink()
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename durably within one folder."""
+    os.rename(source, target)
+    sync_directory(target.parent)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what an interrupted write left behind."""
+    for path in [*directory.glob(".tmp-*"), *directory.glob(".trash-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a folder (its entries) or a file (its bytes)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into the one sentence a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"disk full with {free_bytes(path) / 1e6:.0f} MB free; free some space and run again with --resume"
+        else:
+            problem = f"{error.strerror or error}; choose a folder you can write to"
+        raise ResourceError(str(path), problem) from error
+
+
+def probe_writable(directory: Path) -> None:
+    """Refuse, before any work, a folder that cannot be made or written to. Leaves nothing behind."""
+    missing = [p for p in [directory, *directory.parents] if not p.exists()]
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".tmp-probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        for path in missing:
+            path.rmdir()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the file system that holds (or would hold) `path`."""
+    existing = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def cache_directory() -> Path:
+    """Where converted models and packed tokens are kept: $MLSAE_CACHE, else ~/.cache/mlsae."""
+    return Path(os.environ.get("MLSAE_CACHE") or Path.home() / ".cache" / "mlsae")
+
+
+def contained(root: Path, name: str) -> Path:
+    """`root / name`, refused unless it stays inside `root`."""
+    path = (root / name).resolve()
+    if "\0" in name or not path.is_relative_to(root.resolve()):
+        raise ResourceError(str(root), f"{name!r} leads outside the folder; use a plain name")
+    return path
+
+
+class RunLock:
+    """One writer per run directory: an flock the kernel frees when the process ends, so it is never stale."""
+
+    def __init__(self, directory: Path):
+        with disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = open(directory / "run.lock", "a+")  # noqa: SIM115 - held as long as the lock
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ResourceError(str(directory), f"in use by {holder}; wait for it or choose another --out") from error
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the directory to the next writer."""
+        self._file.close()
+
+
+class JsonLines:
+    """An append-only file with one JSON object a line, whose length can be noted and returned to."""
+
+    def __init__(self, path: Path):
+        with disk_errors(path):
+            self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Make what was written durable; returns the length in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def truncate(self, length: int) -> None:
+        """Forget every line written after `length` was noted."""
+        self._file.truncate(length)
+        self._file.seek(length)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file of bounded size and depth without duplicate keys; anything else is refused with file and place."""
+    return parse_json(_read_small(path, max_bytes), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The value of a JSON text; `path` names it in errors."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ConfigError(str(path), f"nested deeper than {MAX_JSON_DEPTH} levels; not one of our files") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(str(path), f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+    except ValueError as error:
+        raise ConfigError(str(path), str(error)) from error
+    if _depth(value) > MAX_JSON_DEPTH:
+        raise ConfigError(str(path), f"nested deeper than {MAX_JSON_DEPTH} levels; not one of our files")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML (or JSON) mapping without duplicate keys, tags or anchors to code; `1e8` and `2e-4` are numbers."""
+    text = _read_small(path, MAX_JSON_BYTES)
+    try:
+        value = yaml.load(text, _PlainYaml)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(str(path), f"{place}{error.problem or error.context}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(str(path), f"not YAML ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(str(path), f"line 1, column 1: holds {_kind(value)}; write one 'key: value' a line")
+    return value
+
+
+def load_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file. With `shapes`, names and shapes must be exactly those, checked before reading."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if shapes is not None:
+                _check_shapes(path, found, shapes)
+            return {name: file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that claims more bytes than the file has, before any library reads it."""
+    if not path.is_file():
+        raise ModelError(str(path), "no such file; name a folder that save_pretrained wrote")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
+        raise ModelError(str(path), f"not a safetensors file (header of {header} bytes in a file of {size})")
+
+
+def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ModelError(str(path), f"tensor '{missing[0]}' is missing; the file is not whole")
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise ModelError(str(path), f"tensor '{unknown[0]}' is unknown; the file was not written for this config")
+    for name, shape in wanted.items():
+        if found[name] != tuple(shape):
+            raise ModelError(str(path), f"tensor '{name}' has shape {list(found[name])}; config.json needs {list(shape)}")
+
+
+def _read_small(path: Path, max_bytes: int) -> str:
+    if not path.is_file():
+        raise ConfigError(str(path), "no such file")
+    if path.stat().st_size > max_bytes:
+        raise ConfigError(str(path), f"{path.stat().st_size} bytes; at most {max_bytes} are read")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), f"byte {error.start}: not UTF-8") from error
+    if text.startswith("\ufeff"):
+        raise ConfigError(str(path), "line 1, column 1: starts with a byte-order mark; save it as plain UTF-8")
+    if not text.strip():
+        raise ConfigError(str(path), "line 1, column 1: the file is empty")
+    return text
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"key '{twice[0]}' stands twice")
+    return dict(pairs)
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """Plain data only: no duplicate keys, and floats as YAML 1.2 writes them (PyYAML alone reads 1e8 as a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key_node, _), key in zip(node.value, keys, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_PlainYaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+

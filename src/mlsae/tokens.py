@@ -1,0 +1,82 @@
+"""A Hugging Face tokenizer under one policy for separators, special tokens and BOS: the one place where text becomes token ids."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mlsae.errors import ConfigError, printable
+
+# Every tokenizer that differs in merges, pre-tokenizer, digits, white space or special tokens gives other ids for this.
+_PROBE = (
+    "When Mary and John went to the store, John gave a drink to\n\n  def f(x):\n\treturn x**2 + 1234567.89  # naïve café\n"
+    "El niño comió 3 manzanas. Übergrößenträger; 日本語のテキスト, русский текст, العربية, 한국어 🙂👩‍👩‍👧\r\n"
+    "DON'T won't they'll I'd; A_B-C/D\\E <|endoftext|> </s> <s> [CLS] https://example.org/?q=1&r=%20 ....!!??  \u00a0end"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back, the same way for training, evaluation, analysis and prompts.
+
+    `separator_id` joins documents (the end-of-sequence token unless another is named); `bos_id` is the token that the
+    tokenizer itself puts before a text, or None. Every packed sequence starts with `bos_id` where there is one.
+    """
+
+    def __init__(self, hf_tokenizer: Any, separator_token: str | None = None):
+        self.hf = hf_tokenizer
+        self._separator_token = separator_token
+
+    @cached_property
+    def separator_id(self) -> int:
+        """Id of the token between documents. Raises ConfigError if the tokenizer has none and none was named."""
+        if self._separator_token is not None:
+            found = self.hf.convert_tokens_to_ids(self._separator_token)
+            if found is None or self.hf.convert_ids_to_tokens(found) != self._separator_token:
+                raise ConfigError("separator_token", f"'{self._separator_token}' is no token of this tokenizer")
+            return int(found)
+        if self.hf.eos_token_id is None:
+            raise ConfigError("separator_token", "this tokenizer has no end-of-sequence token; set --separator-token")
+        return int(self.hf.eos_token_id)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The token that the tokenizer puts before every text, or None."""
+        first = self.hf("a").input_ids[:1]
+        return int(first[0]) if first and first[0] == self.hf.bos_token_id else None
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """BOS, EOS, padding and the separator: the positions that masking leaves out."""
+        named = (self.hf.bos_token_id, self.hf.eos_token_id, self.hf.pad_token_id)
+        ids = {int(i) for i in named if i is not None}
+        return frozenset(ids if self._separator_token is None else ids | {self.separator_id})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ids of a fixed text and of the special ids: tells tokenizers of the same size apart."""
+        ids = self.hf(_PROBE, add_special_tokens=False).input_ids
+        return hashlib.sha256(repr((ids, sorted(self.special_ids), self.bos_id)).encode()).hexdigest()
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each document, without BOS, EOS or truncation."""
+        return self.hf(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+
+    def prompts(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
+        """Token ids as the tokenizer itself would send them to its model, padded on the right with a special token."""
+        rows = [self.hf(text, verbose=False).input_ids for text in ([texts] if isinstance(texts, str) else texts)]
+        if not rows or not all(rows):
+            raise ConfigError("text", "empty; give at least one character")
+        width = max(map(len, rows))
+        return torch.tensor([row + [self._padding_id] * (width - len(row)) for row in rows])
+
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as a person reads it, control characters escaped."""
+        return [printable(self.hf.decode([i])) for i in ids]
+
+    @property
+    def _padding_id(self) -> int:
+        return self.separator_id if self.hf.pad_token_id is None else int(self.hf.pad_token_id)
