@@ -250,35 +250,11 @@ Positive = Annotated[Count, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class TrainConfig(DictionaryFields):
-    """What `train` needs to know. A field that is None is filled in at the start and written to RUN/config.json."""
+class TrainerConfig(Config):
+    """What one optimizer step needs to know: `Trainer` takes this much, `train` adds the rest."""
 
-    lm: str
-    """Language model to read: a Hugging Face id or a folder."""
-    data: str
-    """Text to train on: a .txt/.jsonl/.jsonl.zst/.parquet file, a folder of them, or a Hub dataset."""
-    out: str
-    """Run directory to write."""
-    tokens: Positive = 100_000_000
-    """Tokens to train on; past the end of the text it starts again, in a new order."""
-    expansion_factor: Annotated[float, Field(gt=0)] | None = None
-    """Latents of one dictionary as a multiple of d_model; None: 16."""
-    n_latents: Positive | None = None
-    """Latents in all, instead of expansion_factor."""
     recipe: RecipeName = "standard"
     """`standard` is right; `lawson2024` trains as the published code does."""
-    frame: FrameName | None = None
-    """Map before the encoder; None: the recipe's (standard: layer, lawson2024: vector)."""
-    mask_first_position: bool | None = None
-    """Leave out the first position of every sequence; None: the recipe's."""
-    mask_norm_factor: Annotated[float, Field(ge=0)] | None = None
-    """Leave out tokens whose norm exceeds this many times their layer's median; 0: off; None: the recipe's (standard: 10)."""
-    context_length: Positive | None = None
-    """Tokens in a sequence; None: 2048 or the language model's limit."""
-    batch_size: Positive | None = None
-    """Sequences in one forward pass; None: about 8,192 tokens."""
-    accumulation_steps: Positive | None = None
-    """Forward passes in one optimizer step; None: 131,072 tokens a step, or a thousandth of the run if that is less."""
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; None: 2e-4 / sqrt(n_latents / 2^14), lawson2024 1e-4."""
     warmup_fraction: Fraction | None = None
@@ -301,6 +277,48 @@ class TrainConfig(DictionaryFields):
     """Value a latent must exceed to count as alive."""
     init_tokens: Positive = 32_768
     """Unmasked tokens that fix the frame, the variances and the bias before the first step."""
+    precision: PrecisionName | None = None
+    """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on an accelerator that has it, else float32."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if (self.warmup_fraction or 0.0) + (self.decay_fraction or 0.0) > 1:
+            raise ConfigError("warmup_fraction", "with decay_fraction more than the whole run; lower one of them")
+        return self
+
+    @property
+    def rules(self) -> Recipe:
+        """The recipe's row of the table."""
+        return RECIPES[self.recipe]
+
+
+class TrainConfig(TrainerConfig, DictionaryFields):
+    """What `train` needs to know. A field that is None is filled in at the start and written to RUN/config.json."""
+
+    lm: str
+    """Language model to read: a Hugging Face id or a folder."""
+    data: str
+    """Text to train on: a .txt/.jsonl/.jsonl.zst/.parquet file, a folder of them, or a Hub dataset."""
+    out: str
+    """Run directory to write."""
+    tokens: Positive = 100_000_000
+    """Tokens to train on; past the end of the text it starts again, in a new order."""
+    expansion_factor: Annotated[float, Field(gt=0)] | None = None
+    """Latents of one dictionary as a multiple of d_model; None: 16."""
+    n_latents: Positive | None = None
+    """Latents in all, instead of expansion_factor."""
+    frame: FrameName | None = None
+    """Map before the encoder; None: the recipe's (standard: layer, lawson2024: vector)."""
+    mask_first_position: bool | None = None
+    """Leave out the first position of every sequence; None: the recipe's."""
+    mask_norm_factor: Annotated[float, Field(ge=0)] | None = None
+    """Leave out tokens whose norm exceeds this many times their layer's median; 0: off; None: the recipe's (standard: 10)."""
+    context_length: Positive | None = None
+    """Tokens in a sequence; None: 2048 or the language model's limit."""
+    batch_size: Positive | None = None
+    """Sequences in one forward pass; None: about 8,192 tokens."""
+    accumulation_steps: Positive | None = None
+    """Forward passes in one optimizer step; None: 131,072 tokens a step, or a thousandth of the run if that is less."""
     text_column: str = "text"
     """Column or key that holds the text."""
     split: str = "train"
@@ -319,8 +337,6 @@ class TrainConfig(DictionaryFields):
     """cpu, cuda, cuda:1, mps; None: the first accelerator, else cpu."""
     lm_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the language model; None: float32 on a CPU, bfloat16 on an accelerator that has it."""
-    precision: PrecisionName | None = None
-    """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on an accelerator that has it, else float32."""
     log_every_steps: Positive | None = None
     """Steps between lines of metrics.jsonl; None: two hundred lines a run."""
     save_every_steps: Positive | None = None
@@ -336,16 +352,9 @@ class TrainConfig(DictionaryFields):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        if (self.warmup_fraction or 0.0) + (self.decay_fraction or 0.0) > 1:
-            raise ConfigError("warmup_fraction", "with decay_fraction more than the whole run; lower one of them")
         if self.n_latents is not None and self.expansion_factor is not None:
             raise ConfigError("n_latents", "given together with expansion_factor; give one of them")
         return self
-
-    @property
-    def rules(self) -> Recipe:
-        """The recipe's row of the table."""
-        return RECIPES[self.recipe]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""The autoencoder: one dictionary of latents for the residual-stream vectors of every layer.
+
+    pre_acts = (frame(resid) - b_pre) @ W_enc.T        keep the k largest, rectify        recon = unframe(code @ W_dec + b_pre)
+
+(Lawson et al. 2024, section 3; Gao et al. 2024.) Nothing tells the SAE which layer a vector comes from, except, in the `layer`
+frame, that layer's own mean and scale.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mlsae import files, ops
+from mlsae.config import MLSAEConfig
+from mlsae.errors import ConfigError, ModelError
+from mlsae.frames import Frame
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Code:
+    """The k active latents of every residual vector, and what the frame needs to land back in the residual stream."""
+
+    values: Float[Tensor, "layer *batch k"]
+    """Activations, >= 0, in the frame's units."""
+    indices: Int[Tensor, "layer *batch k"]
+    """Latent ids in [0, n_latents); an entry whose value is 0 is not active."""
+    shift: Float[Tensor, "#layer *#batch #d_model"]
+    """What the frame subtracted."""
+    scale: Float[Tensor, "#layer *#batch 1"]
+    """What it divided by."""
+    rows: tuple[int, ...]
+    """Which of the SAE's layers the first axis holds, as positions in `sae.layers`."""
+    n_latents: int
+    """Size of the dictionary."""
+
+    def to_dense(self) -> Float[Tensor, "layer *batch n_latents"]:
+        """All activations, zeros included: for small things only."""
+        dense = self.values.new_zeros(*self.values.shape[:-1], self.n_latents)
+        return dense.scatter_(-1, self.indices, self.values)
+
+
+class MLSAE(nn.Module):
+    """One sparse autoencoder over many layers. `encode` and `decode` are pure: what training counts is not kept here.
+
+    Weights have one row per latent: `W_enc`, `W_dec [n_latents, d_model]`, `b_pre [d_model]` (with several groups, each group
+    owns an equal run of latents and a row of `b_pre [group, d_model]`).
+    """
+
+    def __init__(self, config: MLSAEConfig):
+        super().__init__()
+        self.config = config
+        shape = (config.n_latents, config.d_model)
+        bound = config.d_model**-0.5  # torch.nn.Linear's default
+        self.W_enc = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach()))
+        self.b_pre = nn.Parameter(torch.zeros(shape[1:] if config.groups == 1 else (config.groups, config.d_model)))
+        n_layers = len(config.layers or ())
+        self.frame = Frame(config.frame, n_layers, config.d_model)
+        self.norm_limit: Tensor
+        """Tokens whose norm exceeds this at any layer are masked; infinite when off."""
+        self.register_buffer("norm_limit", torch.full((n_layers,), torch.inf))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model layers this SAE reads, in the order of `resid`'s first axis."""
+        if self.config.layers is None:
+            raise ConfigError("layers", "this SAE has seen no layer yet; give MLSAEConfig(layers=...) or train it")
+        return self.config.layers
+
+    def set_layers(self, n_layers: int) -> None:
+        """Fix `layers` to 0..n_layers-1 in an SAE that was made without knowing how many there are."""
+        self.config = self.config.replaced(layers=tuple(range(n_layers)))
+        self.frame = Frame(self.config.frame, n_layers, self.config.d_model).to(self.W_enc)
+        self.norm_limit = self.W_enc.new_full((n_layers,), torch.inf)
+
+    def encode(self, resid: Float[Tensor, "layer *batch d_model"], layers: Sequence[int] | None = None) -> Code:
+        """Keep the k largest latents of each vector; changes no state.
+
+        The first axis holds `layers` (model layer ids; default: all the SAE's). Raises ConfigError if it does not.
+        """
+        rows = self.rows(resid, layers)
+        shift, scale = self.frame.shift_and_scale(resid, rows)
+        x = self.frame.apply_to(resid, shift, scale)
+        parts = [self._encode_part(x, *part) for part in self.parts(rows)]
+        values, indices = (torch.cat(tensors).unflatten(0, x.shape[:-1]) for tensors in zip(*parts, strict=True))
+        return Code(values, indices, shift, scale, tuple(rows), self.config.n_latents)
+
+    def _encode_part(self, x: Tensor, here: slice, group: int, latents: slice) -> tuple[Tensor, Tensor]:
+        x = (x[here] - self.biases[group]).flatten(0, -2)
+        values, indices = ops.encode_topk(x, self.W_enc[latents], self.config.k)
+        return values, indices + latents.start
+
+    def decode(self, code: Code) -> Float[Tensor, "layer *batch d_model"]:
+        """The residual vectors a code stands for, in the units of the residual stream."""
+        framed = ops.sparse_decode(code.values.flatten(0, -2), code.indices.flatten(0, -2), self.W_dec)
+        framed = framed.unflatten(0, code.values.shape[:-1])
+        biases = [self.biases[group].expand(here.stop - here.start, -1) for here, group, _ in self.parts(code.rows)]
+        bias = torch.cat(biases).view(len(code.rows), *[1] * (framed.ndim - 2), -1)
+        return (framed + bias) * code.scale + code.shift
+
+    def forward(self, resid: Float[Tensor, "layer *batch d_model"]) -> tuple[Code, Tensor]:
+        """`(code, recon)`."""
+        code = self.encode(resid)
+        return code, self.decode(code)
+
+    def visible(
+        self, resid: Float[Tensor, "layer *batch d_model"], keep: Bool[Tensor, "*batch"]
+    ) -> Bool[Tensor, "*batch"]:
+        """`keep` without the tokens whose norm exceeds the limit at any layer: the positions this SAE sees."""
+        return keep & self.within_norm(resid).all(0)
+
+    def within_norm(self, resid: Float[Tensor, "layer *batch d_model"]) -> Bool[Tensor, "layer *batch"]:
+        """Which vectors are no longer than their layer's limit."""
+        limit = self.norm_limit if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
+        return resid.norm(dim=-1) <= limit.view(-1, *[1] * (resid.ndim - 2))
+
+    def select(
+        self, resid: Float[Tensor, "layer batch pos d_model"], visible: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "layer token d_model"]:
+        """The vectors training and analysis read: masked ones are left out, or (lawson2024) zeroed and kept."""
+        if self.config.special_tokens == "zero":
+            return (resid * visible[..., None]).flatten(1, 2)
+        return resid[:, visible]
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Give every row of W_dec unit norm; a zero row stays zero."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    @property
+    def biases(self) -> Float[Tensor, "group d_model"]:
+        """`b_pre`, one row a group."""
+        return self.b_pre.view(-1, self.config.d_model)
+
+    def group_of(self, row: int) -> int:
+        """The group of one of the SAE's layers: neighbours share one, and sizes differ by at most a layer."""
+        return 0 if self.config.groups == 1 else row * self.config.groups // len(self.layers)
+
+    def parts(self, rows: Sequence[int]) -> Iterator[tuple[slice, int, slice]]:
+        """Runs of `rows` that share a dictionary: (where on the layer axis, group, its latents)."""
+        size = self.config.n_latents // self.config.groups
+        owner = [self.group_of(row) for row in rows]
+        starts = [i for i in range(len(rows)) if i == 0 or owner[i] != owner[i - 1]]
+        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+            yield slice(start, stop), owner[start], slice(owner[start] * size, (owner[start] + 1) * size)
+
+    def rows(self, resid: Tensor, layers: Sequence[int] | None = None) -> list[int]:
+        """Positions in `self.layers` of the layers that `resid`'s first axis holds."""
+        if self.config.layers is None and layers is None:
+            return list(range(resid.shape[0]))
+        named = self.layers if layers is None else layers
+        if unknown := [layer for layer in named if layer not in self.layers]:
+            raise ConfigError("layers", f"{unknown[0]} was not trained on; this SAE has layers {_listed(self.layers)}")
+        if len(named) != resid.shape[0]:
+            raise ConfigError(
+                "resid",
+                f"holds {resid.shape[0]} layers where {len(named)} are expected; this SAE reads layers "
+                f"{_listed(self.layers)}: use lm.resid(tokens, layers=sae.layers)",
+            )
+        if resid.shape[-1] != self.config.d_model:
+            raise ConfigError("resid", f"vectors have {resid.shape[-1]} entries; this SAE needs {self.config.d_model}")
+        return [self.layers.index(layer) for layer in named]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; weights that are not finite are refused."""
+        tensors = {name: tensor.float() for name, tensor in self.state_dict().items()}
+        _refuse_nonfinite(tensors, Path(directory))
+        files.save_tensors(Path(directory) / WEIGHTS_FILE, tensors)
+        files.write_json(Path(directory) / CONFIG_FILE, self.config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, id_or_dir: str | Path, *, revision: str | None = None, device: str | None = None) -> Self:
+        """The SAE in a folder, a run directory or a Hub repository.
+
+        Raises ModelError if it is not there, not whole, not finite or not ours.
+        """
+        directory = _find(id_or_dir, revision)
+        sae = cls(MLSAEConfig(**files.read_json(directory / CONFIG_FILE)))
+        shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+        tensors = files.load_tensors(directory / WEIGHTS_FILE, shapes)
+        _refuse_nonfinite(tensors, directory)
+        sae.load_state_dict(tensors)
+        return sae.to(device) if device else sae
+
+
+def _find(id_or_dir: str | Path, revision: str | None) -> Path:
+    """The folder that holds config.json: the one given, its `sae/`, or a download."""
+    for directory in (Path(id_or_dir) / "sae", Path(id_or_dir)):
+        if (directory / CONFIG_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
+            return directory
+    if Path(id_or_dir).exists():
+        raise ModelError("sae", f"'{id_or_dir}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}; name a run or an SAE folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(id_or_dir), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError("sae", f"'{id_or_dir}' is no folder and was not found on the Hub; check the name") from error
+
+
+def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
+    for name, tensor in tensors.items():
+        if name != "norm_limit" and not tensor.isfinite().all():
+            raise ModelError(str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint")
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

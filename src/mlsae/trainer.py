@@ -1,0 +1,267 @@
+"""One optimizer step on residual vectors you bring. `train` is the loop around it."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mlsae import losses
+from mlsae.config import TrainerConfig
+from mlsae.errors import ConfigError, NumericsError
+from mlsae.initial import initialise
+from mlsae.sae import MLSAE, Code
+
+WEIGHTS = ("W_enc", "W_dec", "b_pre")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int
+    """Steps taken, this one included."""
+    tokens: int
+    """Unmasked tokens trained on so far."""
+    loss: float
+    """Reconstruction loss plus the weighted AuxK loss."""
+    aux_loss: float
+    """AuxK loss before its weight."""
+    fvu: float
+    """Mean over layers of `sum |resid - recon|^2 / (N d v_l)`, v_l being the layer's variance in the initial sample."""
+    layer_fvu: list[float]
+    """The same for each layer."""
+    dead_fraction: float
+    """Share of latents without a value above the threshold, at any layer, for `dead_after_tokens` tokens."""
+    lr: float
+    """Learning rate of this step."""
+    grad_norm: float
+    """Norm of the whole gradient, before clipping."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values by field name."""
+        return dict(vars(self))
+
+
+class Trainer:
+    """Adam on one SAE: `step(resid)` takes one step; `accumulate(resid)` some micro-batches, then `update()`, the same.
+
+    The first vectors it is shown fix the SAE's frame, limits and bias, unless `initialise` was called before. Everything that
+    a resumed run needs, and the SAE itself does not, is in `state()`.
+
+    Args:
+        n_steps: length of the learning-rate schedule; None: no warm-up and no decay.
+        step_tokens: tokens of a step, masked ones included; only the `lawson2024` dead-latent clock needs it.
+    """
+
+    def __init__(
+        self,
+        sae: MLSAE,
+        config: TrainerConfig | None = None,
+        *,
+        n_steps: int | None = None,
+        step_tokens: int | None = None,
+    ):
+        self.sae = sae
+        self.config = config or TrainerConfig(recipe=sae.config.recipe)
+        self.rules = self.config.rules
+        self.n_steps = n_steps
+        n_latents = sae.config.n_latents
+        default_lr = 2e-4 / math.sqrt(n_latents / sae.config.groups / 2**14)
+        self.peak_lr = _given(self.config.lr, self.rules.lr, default_lr)
+        self.k_aux = _given(self.config.k_aux, min(256, n_latents))
+        self.dead_after = _given(self.config.dead_after_tokens, self.rules.dead_after_tokens, 10_000_000)
+        if self.rules.dead_clock == "forwards":
+            self.dead_after //= step_tokens or 131_072  # defect D2: a count of steps, compared with a count of forwards
+        self.optimizer = torch.optim.Adam(
+            [getattr(sae, name) for name in WEIGHTS],
+            lr=self.peak_lr,
+            betas=self.config.adam_betas,
+            eps=self.config.adam_eps,
+            fused=sae.W_enc.device.type in ("cpu", "cuda"),
+        )
+        for weight in self._weights():  # Adam's own moments, made now so that state() always has them
+            self.optimizer.state[weight] = {
+                "step": torch.tensor(0.0, device=sae.W_enc.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+        self.precision = self.config.precision or "float32"
+        self.scaler = torch.amp.GradScaler(sae.W_enc.device.type, enabled=self.precision == "float16")
+        self.variance: Float[Tensor, " layer"] | None = None
+        self.quiet = torch.zeros(n_latents, dtype=torch.int64, device=sae.W_enc.device)
+        """Tokens (lawson2024: forward passes) since each latent was last active, at any layer."""
+        self.steps = 0
+        self.tokens = 0
+        self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def initialise(self, batches: Any) -> None:
+        """Fit the SAE to a sample: `batches` yields vectors `[layer, token, d_model]`, of which `init_tokens` are used."""
+        batches = iter(batches)
+        first = next(batches)
+        if self.sae.config.layers is None:
+            self.sae.set_layers(first.shape[0])
+        sample = _chain(first, batches)
+        self.variance = initialise(self.sae, sample, self.config.init_tokens, self.rules).to(self.sae.W_enc)
+
+    def step(self, resid: Float[Tensor, "layer token d_model"]) -> StepReport:
+        """One optimizer step on these vectors, weighing every token alike."""
+        self.accumulate(resid)
+        return self.update()
+
+    def accumulate(self, resid: Float[Tensor, "layer token d_model"]) -> None:
+        """Add one micro-batch to the gradient of the coming step."""
+        if self.variance is None:
+            self.initialise([resid])
+        if resid.shape[1] == 0:
+            return
+        with self._autocast():
+            code, recon = self.sae(resid)
+        self._tick(code, resid.shape[1])
+        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, recon, self.variance)
+        aux = losses.AUX[self.rules.aux](self.sae, resid, code, recon, self.dead(), self.k_aux)
+        loss = per_layer.mean() + self.config.aux_coef * aux
+        self.scaler.scale(loss * resid.shape[1]).backward()
+        if self.rules.normalize == "each_micro_batch":  # defect D7
+            self.sae.normalize_decoder_()
+            self._project_gradient()
+        fvu = losses.per_dimension(resid, recon.detach(), self.variance)
+        self._parts.append((resid.shape[1], loss.detach(), aux.detach(), fvu))
+
+    def update(self) -> StepReport:
+        """Take the step that the accumulated gradient asks for. Raises NumericsError, before anything changes, if it is not finite."""
+        if not self._parts:
+            raise ConfigError("resid", "no unmasked token in this step; raise batch_size or check the mask")
+        n_tokens = sum(n for n, *_ in self._parts)
+        self.scaler.unscale_(self.optimizer)
+        for weight in self._weights():
+            _grad(weight).div_(n_tokens)
+        if self.rules.normalize == "after_step":
+            self._project_gradient()
+        grad_norm = self._finite_norm()
+        lr = self._schedule()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.rules.normalize == "after_step":
+            self.sae.normalize_decoder_()
+        self.steps += 1
+        self.tokens += n_tokens
+        return self._report(n_tokens, lr, grad_norm)
+
+    def dead(self) -> Bool[Tensor, " n_latents"]:
+        """Latents that have been quiet for the threshold."""
+        return self.quiet >= self.dead_after
+
+    def _tick(self, code: Code, n_tokens: int) -> None:
+        """Advance the dead-latent clock by one micro-batch."""
+        fired = torch.zeros_like(self.quiet, dtype=torch.bool)
+        fired[code.indices[code.values > self.config.dead_threshold]] = True
+        forwards = self.rules.dead_clock == "forwards"
+        self.quiet = torch.where(fired, 1 if forwards else 0, self.quiet + (1 if forwards else n_tokens))
+
+    @torch.no_grad()
+    def _project_gradient(self) -> None:
+        """Remove from each decoder row's gradient its component along the (unit) row: the norm is not the loss's to change."""
+        W_dec, grad = self.sae.W_dec, _grad(self.sae.W_dec)
+        grad -= (grad * W_dec).sum(1, keepdim=True) * W_dec
+
+    def _finite_norm(self) -> float:
+        """The gradient's norm; stops the run at the first loss or gradient that is not finite."""
+        for _, loss, _, _ in self._parts:
+            if not math.isfinite(float(loss)):
+                raise NumericsError("loss", f"{float(loss)} at step {self.steps + 1}; lower lr, or look at the data of this step")
+        norms = {name: float(_grad(getattr(self.sae, name)).norm()) for name in WEIGHTS}
+        for name, norm in norms.items():
+            if not math.isfinite(norm) and self.precision != "float16":
+                raise NumericsError(f"gradient of {name}", f"{norm} at step {self.steps + 1}; lower lr or set clip_grad_norm")
+        norm = math.hypot(*norms.values())
+        if self.config.clip_grad_norm is not None and norm > self.config.clip_grad_norm:
+            for weight in self._weights():
+                _grad(weight).mul_(self.config.clip_grad_norm / norm)
+        return norm
+
+    def _schedule(self) -> float:
+        """Set and return this step's learning rate: linear warm-up, constant, linear decay."""
+        factor = 1.0
+        if self.n_steps is not None:
+            warmup = _given(self.config.warmup_fraction, self.rules.warmup_fraction) * self.n_steps
+            decay = _given(self.config.decay_fraction, self.rules.decay_fraction) * self.n_steps
+            factor = min(1.0, (self.steps + 1) / warmup if warmup else 1.0)
+            factor = min(factor, (self.n_steps - self.steps) / decay if decay else 1.0)
+        lr = self.peak_lr * factor
+        self.optimizer.param_groups[0]["lr"] = lr
+        return lr
+
+    def _report(self, n_tokens: int, lr: float, grad_norm: float) -> StepReport:
+        parts, self._parts = self._parts, []
+        weights = [n / n_tokens for n, *_ in parts]
+        loss = sum(w * float(loss) for w, (_, loss, _, _) in zip(weights, parts, strict=True))
+        aux = sum(w * float(aux) for w, (_, _, aux, _) in zip(weights, parts, strict=True))
+        layers = torch.stack([w * fvu for w, (*_, fvu) in zip(weights, parts, strict=True)]).sum(0)
+        return StepReport(
+            step=self.steps,
+            tokens=self.tokens,
+            loss=loss,
+            aux_loss=aux,
+            fvu=float(layers.mean()),
+            layer_fvu=layers.tolist(),
+            dead_fraction=float(self.dead().float().mean()),
+            lr=lr,
+            grad_norm=grad_norm,
+        )
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.sae.W_enc.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            yield
+
+    def _weights(self) -> list[Tensor]:
+        return [getattr(self.sae, name) for name in WEIGHTS]
+
+    # ---- what a resumed run needs --------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything but the SAE: moments, variances, quiet times, counters, as tensors."""
+        state = {"quiet": self.quiet, "counters": torch.tensor([self.steps, self.tokens])}
+        if self.variance is not None:
+            state["variance"] = self.variance
+        for name in WEIGHTS:
+            for moment, value in self.optimizer.state[getattr(self.sae, name)].items():
+                state[f"adam.{name}.{moment}"] = value
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state()` gave."""
+        self.quiet = state["quiet"].to(self.quiet)
+        self.steps, self.tokens = state["counters"].tolist()
+        self.variance = state["variance"].to(self.sae.W_enc) if "variance" in state else None
+        for name in WEIGHTS:
+            for moment, value in self.optimizer.state[getattr(self.sae, name)].items():
+                value.copy_(state[f"adam.{name}.{moment}"])
+        if self.scaler.is_enabled():
+            scale, tracker = state["scaler"].tolist()
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
+
+
+def _grad(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+def _given(*values: Any) -> Any:
+    """The first value that is not None: 0 is a value."""
+    return next(value for value in values if value is not None)
+
+
+def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    yield from rest
