@@ -197,6 +197,8 @@ class MLSAEConfig(DictionaryFields):
     """Language model the SAE reads: Hub id or folder."""
     lm_revision: str | None = None
     """Commit of the language model, if known."""
+    data: str | None = None
+    """Text it was trained on: evaluation on the same text keeps to its held-out part."""
     tokenizer_fingerprint: str | None = None
     """SHA-256 that tells this language model's tokenizer from others."""
     activation: Literal["topk"] = "topk"
@@ -326,7 +328,7 @@ class TrainConfig(TrainerConfig, DictionaryFields):
     skip_bad_rows: bool = False
     """Count rows whose text is no string instead of stopping."""
     streaming: bool = False
-    """Read a Hub dataset row by row, only as far as `tokens` needs."""
+    """Read the text, a Hub dataset row by row, only as far as `tokens` needs."""
     separator_token: str | None = None
     """Token between documents; None: the tokenizer's end of sequence."""
     repeat: bool = True
@@ -425,6 +427,7 @@ def sae_config(config: TrainConfig, lm: LMShape) -> MLSAEConfig:
         special_tokens=rules.special_tokens,
         recipe=config.recipe,
         lm=lm.name,
+        data=config.data,
     )
 
 

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
@@ -96,6 +96,13 @@ def staged_directory(target: Path) -> Iterator[Path]:
             sync_directory(target.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file inside a staged folder (which makes it durable) to fill bit by bit, for what is too large for memory."""
+    with open(path, "wb") as file:
+        yield file
 
 
 def remove(path: Path) -> None:

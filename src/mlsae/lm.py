@@ -1,8 +1,8 @@
-"""Any Hugging Face causal language model: what every block puts into the residual stream, and passes with blocks replaced.
+"""Any Hugging Face causal language model: the residual stream after every block, and passes with blocks replaced.
 
-One mechanism does all of it. An *edit* stands in for a decoder block during one pass: it is given a function that runs the
-block and the block's input, and returns the block's output. Reading a layer runs the block and keeps what it returned,
-replacing a layer changes it, and a block that need not be computed passes its input through.
+One mechanism does all of it. An *edit* stands in for a decoder block during one pass: it is given a function that runs
+the block, and the block's input, and returns the block's output. Reading a layer runs the block and keeps what it
+returned, replacing a layer changes it, and a block that need not be computed passes its input through.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ from mlsae.tokens import Tokenizer
 Edit = Callable[[Callable[[], Tensor], Tensor], Tensor]
 """(function that runs the block, the block's input) -> what the next block receives."""
 
+_PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")
 _WELL_KNOWN = (
-    *(f"EleutherAI/pythia-{n}{d}" for n in ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b") for d in ("", "-deduped")),
+    *(f"EleutherAI/pythia-{size}{data}" for size in _PYTHIA_SIZES for data in ("", "-deduped")),
     *("gpt2", "gpt2-medium", "openai-community/gpt2", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M"),
     *("Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B", "google/gemma-2-2b", "google/gemma-3-1b-pt", "facebook/opt-125m"),
     *("meta-llama/Llama-3.2-1B", "mistralai/Mistral-7B-v0.1", "bigscience/bloom-560m", "allenai/OLMo-2-0425-1B"),
@@ -47,8 +48,8 @@ _WELL_KNOWN = (
 _KINDS = "models built like GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma, Phi, OPT, BLOOM or Falcon are supported"
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
 _INERT_KEYS = (
-    *("_name_or_path", "_commit_hash", "_num_labels", "_sliding_window_pattern", "_from_model_config"),
-    *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_diffusers_version"),
+    *("_name_or_path", "_model_name_or_path", "_commit_hash", "_num_labels", "_sliding_window_pattern"),
+    *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_from_model_config"),
 )
 _log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class LanguageModel:
         """
         source = _locate(str(id_or_dir), revision)
         config = _read_config(source)
+        _shape(source.name, config)
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         hf = _load_weights(source, config, _default_dtype(device) if dtype is None else dtype).to(device)
         tokenizer = Tokenizer(_load_tokenizer(source), separator_token)
@@ -111,7 +113,7 @@ class LanguageModel:
     def keep_mask(
         self, tokens: Int[Tensor, "batch pos"], *, special_tokens: bool = True, first_position: bool = True
     ) -> Bool[Tensor, "batch pos"]:
-        """The positions an SAE sees: no BOS, EOS, padding or separator, and not the first of a sequence, unless asked."""
+        """The positions an SAE sees: no BOS, EOS, padding or separator, and not the first of a sequence, by default."""
         keep = torch.ones_like(tokens, dtype=torch.bool)
         if special_tokens:
             keep &= ~torch.isin(tokens, torch.tensor(sorted(self.tokenizer.special_ids), device=tokens.device))
@@ -122,15 +124,15 @@ class LanguageModel:
     def resid(
         self, tokens: Int[Tensor, "batch pos"], layers: Sequence[int] | None = None
     ) -> Float[Tensor, "layer batch pos {self.d_model}"]:
-        """The output of every block, or of the blocks in `layers` in that order, before the final norm; float32, no grad.
+        """The output of every block, or of the blocks in `layers` in that order, before the final norm.
 
-        One forward pass, without the blocks after the last one asked for and without the unembedding.
+        float32, without gradient, from one forward pass without the unembedding or any block after the last one needed.
         """
         wanted = tuple(range(self.n_layers)) if layers is None else tuple(layers)
         check_layers(wanted, self.shape)
         out = torch.empty(len(wanted), *tokens.shape, self.d_model, dtype=torch.float32, device=self.device)
-        keeping: dict[int, Edit] = {layer: _keep_in(row) for layer, row in zip(wanted, out)}
-        self._run(self.hf.base_model, tokens, keeping | dict.fromkeys(range(max(wanted) + 1, self.n_layers), _pass_through))
+        edits: dict[int, Edit] = dict.fromkeys(range(max(wanted) + 1, self.n_layers), _pass_through)
+        self._run(self.hf.base_model, tokens, edits | {layer: _keep_in(row) for layer, row in zip(wanted, out)})
         return out
 
     def logits(
@@ -149,7 +151,7 @@ class LanguageModel:
     def run_from(
         self, resid: Float[Tensor, "batch pos {self.d_model}"], layer: int, tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos {self.d_vocab}"]:
-        """Logits of the pass in which the output of block `layer` is `resid`; blocks up to it are not computed. No grad."""
+        """Logits of the pass in which block `layer` puts out `resid`; blocks up to it are not computed. No grad."""
         check_layers((layer,), self.shape)
         _check_shape(resid, (*tokens.shape, self.d_model), layer)
         edits: dict[int, Edit] = dict.fromkeys(range(layer), _pass_through)
@@ -159,8 +161,8 @@ class LanguageModel:
     def _run(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit]) -> Any:
         """One pass of the whole model, or of what lies below its unembedding, with `edits` standing in for blocks.
 
-        There is never an attention mask. Padding is on the right, where no earlier position sees it, so prompts take the
-        same path as packed text, and models that count positions from the mask count every token, as from a mask of ones.
+        There is never an attention mask. Padding is on the right, where no earlier position sees it, so prompts take
+        the path of packed text, and models that count positions from the mask count as from a mask of ones.
         """
         n_pos = tokens.shape[1]
         if self.context_length and n_pos > self.context_length:
@@ -187,11 +189,11 @@ class LanguageModel:
         try:
             clean = self._check_stream(tokens)
             self._check_edits(tokens, clean)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a block that is called in a way of its own
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # blocks that are called in another way
             raise self._unfit(f"cannot be run block by block ({printable(str(error))})") from error
 
     def _check_stream(self, tokens: Tensor) -> Tensor:
-        """The output of block l is one vector per token, blind to later tokens, and the input of block l+1. Returns logits."""
+        """Block l puts out one vector per token, blind to later tokens, and block l+1 takes it. Returns the logits."""
         inputs: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
         clean = self._run(self.hf, tokens, {i: _watch(i, inputs, outputs) for i in range(self.n_layers)}).logits
@@ -201,7 +203,8 @@ class LanguageModel:
                 raise self._unfit(f"has no single residual stream: layer {layer} puts out {tuple(out.shape)}")
             self._check_equal(out[0, :3], out[1, :3], f"is not causal: layer {layer} sees later tokens")
             if layer + 1 < self.n_layers:
-                self._check_equal(inputs[layer + 1], out, f"changes layer {layer} on its way to the next block", exactly=True)
+                complaint = f"changes layer {layer} on its way to the next block"
+                self._check_equal(inputs[layer + 1], out, complaint, exactly=True)
         return clean
 
     def _check_edits(self, tokens: Tensor, clean: Tensor) -> None:
@@ -227,7 +230,7 @@ class LanguageModel:
 
 
 def read_shape(id_or_dir: str | Path, revision: str | None = None) -> LMShape:
-    """Layers, width and context length from the config alone: no weights are read, of a Hub id one small file is fetched.
+    """Layers, width and context length from the config alone, of a Hub id one small file; no weights are read.
 
     Raises:
         ModelError: the model is missing, unreachable or unsupported, as far as its config and its list of files tell.
@@ -349,7 +352,7 @@ def _locate_on_hub(name: str, revision: str | None) -> _Source:
             revision = info.sha
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, ModelError):
             raise
-        except Exception as error:  # no network, a proxy, a busy server: each version of the Hub client has its own types
+        except Exception as error:  # no network, a proxy, a busy server: types differ between versions of the client
             unreachable = error
         try:
             local = unreachable is not None
@@ -385,10 +388,11 @@ def _not_cached(name: str, unreachable: Exception) -> ModelError:
 
 
 def _check_files(name: str, files: Sequence[str]) -> None:
+    name = printable(name)
     if "config.json" not in files:
-        raise ModelError("model", f"'{printable(name)}' has no config.json; name a language model in Hugging Face format")
+        raise ModelError("model", f"'{name}' has no config.json; name a language model in Hugging Face format")
     if not any(file.endswith(".safetensors") for file in files):
-        raise ModelError("model", f"'{printable(name)}' has no safetensors weights; see 'mlsae convert'")
+        raise ModelError("model", f"'{name}' has no safetensors weights; see 'mlsae convert'")
 
 
 def _read_config(source: _Source) -> Any:
@@ -419,7 +423,7 @@ def _walked(value: Any, name: str) -> Any:
         return value
     for key, item in value.items():
         attention = "attn_implementation" in key and (isinstance(item, dict) or item not in _ATTENTION)
-        private = key.startswith("_") and key not in _INERT_KEYS
+        private = key.startswith("_") and item and key not in _INERT_KEYS
         if key in ("trust_remote_code", "quantization_config") or attention or private:
             raise ModelError("model", f"'{name}' has '{printable(key)}' in its config.json; not supported")
     chosen_by_us = ("auto_map", *(key for key in value if key.startswith("_") or "attn_implementation" in key))
@@ -428,9 +432,9 @@ def _walked(value: Any, name: str) -> Any:
 
 def _check_causal(name: str, config: Any) -> None:
     """The class that wrote the weights must be its type's causal class: BERT's type has one too, but few are of it."""
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     written_by = config.architectures or []
-    if not causal or (written_by and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ not in written_by):
+    if causal is None or config.is_encoder_decoder or (written_by and causal.__name__ not in written_by):
         raise _not_causal(name, str(written_by[0]) if written_by else type(config).__name__)
 
 
@@ -440,11 +444,11 @@ def _not_causal(name: str, kind: str) -> ModelError:
 
 def _shape(name: str, config: Any) -> LMShape:
     text = config.get_text_config()
-    sizes = [getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    n_layers, d_model = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
+    if not (isinstance(n_layers, int) and isinstance(d_model, int) and n_layers > 0 and d_model > 0):
         raise ModelError("model", f"'{printable(name)}' does not say how many layers of what width it has; {_KINDS}")
-    limit = getattr(text, "max_position_embeddings", None)
-    return LMShape(name=name, n_layers=sizes[0], d_model=sizes[1], context_length=limit or None)
+    limit = getattr(text, "max_position_embeddings", None)  # none where positions are a bias on attention (BLOOM)
+    return LMShape(name=name, n_layers=n_layers, d_model=d_model, context_length=limit or None)
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -454,8 +458,9 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 def _load_weights(source: _Source, config: Any, dtype: str | torch.dtype) -> Any:
     """The Hugging Face model, every weight of it from the file and every weight of the file in it."""
     name = printable(source.name)
+    auto: Any = AutoModelForCausalLM  # its annotations know nothing of the loading info
     try:
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        hf, info = auto.from_pretrained(
             source.name,
             config=config,
             revision=source.revision or "main",
@@ -483,6 +488,6 @@ def _load_tokenizer(source: _Source) -> Any:
             local_files_only=source.local_only,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # each tokenizer class fails in its own way
         problem = f"'{printable(source.name)}' has no usable tokenizer ({printable(str(error))[:300]})"
         raise ModelError("model", problem) from error

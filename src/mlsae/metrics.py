@@ -83,7 +83,7 @@ class LayerQuality:
     l1: Float[Tensor, " layer"]
     """Mean over tokens of the sum of values, in the frame's units."""
     fvu_lawson2024: Float[Tensor, " layer"]
-    """Mean over batches of the published definition."""
+    """Mean over batches of the published definition, masked tokens kept as zeros."""
     mse_lawson2024: Float[Tensor, " layer"]
     """Mean over batches of the batch's mean squared error."""
 
@@ -102,8 +102,10 @@ class ReconstructionSums:
         resid: Float[Tensor, "layer token d_model"],
         recon: Float[Tensor, "layer token d_model"],
         values: Float[Tensor, "layer token k"],
+        *,
+        n_masked: int = 0,
     ) -> None:
-        """Add one batch of tokens."""
+        """Add one batch of tokens; `n_masked` more were left out, which the published definitions count as zeros."""
         if resid.shape[1] == 0:
             return
         self.moments.update(resid)
@@ -112,10 +114,11 @@ class ReconstructionSums:
         cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1)
         per_token = (cosine, recon_norms / norms, (values > 0).sum(-1), values.sum(-1))
         self.sums += torch.stack([error, *(x.double().sum(1) for x in per_token)]).cpu()
-        if resid.shape[1] > 1:
-            batch = torch.stack([fvu_lawson2024(resid, recon), (resid - recon).square().mean((1, 2))])
-            self.batch_sums += batch.double().cpu()
-            self.n_batches += 1
+        zeros = resid.new_zeros(resid.shape[0], n_masked, resid.shape[2])
+        published = torch.cat([resid, zeros], 1), torch.cat([recon, zeros], 1)
+        batch = torch.stack([fvu_lawson2024(*published), (published[0] - published[1]).square().mean((1, 2))])
+        self.batch_sums += batch.double().cpu()
+        self.n_batches += 1
 
     def merge(self, other: "ReconstructionSums") -> None:
         """Add the tokens of another pass."""

@@ -122,14 +122,6 @@ class MLSAE(nn.Module):
         limit = self.norm_limit if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
         return resid.norm(dim=-1) <= limit.view(-1, *[1] * (resid.ndim - 2))
 
-    def select(
-        self, resid: Float[Tensor, "layer batch pos d_model"], visible: Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "layer token d_model"]:
-        """The vectors training and analysis read: masked ones are left out, or (lawson2024) zeroed and kept."""
-        if self.config.special_tokens == "zero":
-            return (resid * visible[..., None]).flatten(1, 2)
-        return resid[:, visible]
-
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Give every row of W_dec unit norm; a zero row stays zero."""

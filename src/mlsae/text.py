@@ -1,8 +1,9 @@
 """Files, folders and Hub datasets become documents, one string each; every document is in exactly one split.
 
-Data is a text file (textfiles.py has the formats), a folder of them, or a Hub dataset `ID` or `ID:CONFIG`. Where a folder's files
-(`train-00.jsonl`, `validation/a.txt`) or a dataset name their splits, those are used. Everything else, a lone `train` split
-included, is divided by a hash of the document, the same wherever it stands: 96 % train, 2 % validation, 2 % test.
+Data is a text file (textfiles.py has the formats), a folder of them, or a Hub dataset `ID` or `ID:CONFIG`. Where a
+folder's files (`train-00.jsonl`, `validation/a.txt`) or a dataset name their splits, those are used. Everything else, a
+lone `train` split included, is divided by a hash of the document: 96 % train, 2 % validation, 2 % test, so that a
+document stays in its split wherever it stands.
 """
 
 import hashlib
@@ -61,7 +62,7 @@ class TextSource:
         return Documents(self)
 
     def fingerprint(self) -> str:
-        """SHA-256 that changes when the text may have: files' paths, sizes and times or the Hub commit, and the fields."""
+        """SHA-256 that changes when the text may: files' paths, sizes and times, or the Hub commit, and our fields."""
         if Path(self.data).exists():
             files, divided = self._chosen(_files_by_split(Path(self.data)))
             found = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in chain(*files)]
@@ -69,6 +70,12 @@ class TextSource:
             found, divided = _hub_commit(self.data), None
         identity = (found, divided, _canonical(self.split), self.text_column, self.skip_bad_rows)
         return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    def named_splits(self) -> tuple[str, ...]:
+        """The splits that the data itself names; nothing is read, of a Hub dataset at most downloaded."""
+        if Path(self.data).exists():
+            return tuple(name for name in _files_by_split(Path(self.data)) if name)
+        return tuple(_hub_splits(self.data, self.streaming))
 
     def parts(self) -> tuple[list[Part], bool]:
         """What to read, and whether its documents are still to be divided by hash."""
@@ -80,20 +87,16 @@ class TextSource:
 
     def _chosen(self, splits: Mapping[str, _T]) -> tuple[list[_T], bool]:
         """The named parts that make up the split, and whether it is only a share of their documents."""
-        wanted = _canonical(self.split)
-        if wanted == "all":
+        if self.split == "all":
             return list(splits.values()), False
-        named = {_canonical(name): part for name, part in splits.items() if name}
-        if wanted in named and len(named) > 1:
-            return [named[wanted]], False
+        named = {n if _canonical(n) in splits else _canonical(n): part for n, part in splits.items() if n}
+        wanted = self.split if self.split in named else _canonical(self.split)
         divided = named.keys() <= {"train"}  # a lone train split leaves nothing held out, so it is divided too
-        if divided and wanted in SPLITS:
-            return list((named or splits).values()), True
-        if wanted in named:
-            return [named[wanted]], False
         has = SPLITS if divided else tuple(named)
-        near = did_you_mean(wanted, has)
-        raise DataError("split", f"no split '{self.split}' in '{self.data}'; splits are {', '.join(has)}, or all{near}")
+        if wanted not in has:
+            choice = f"splits are {', '.join(map(printable, has))}, or all{did_you_mean(wanted, has)}"
+            raise DataError("split", f"no split '{self.split}' in '{self.data}'; {choice}")
+        return (list((named or splits).values()), True) if divided else ([named[wanted]], False)
 
 
 def _canonical(split: str) -> str:
@@ -210,7 +213,8 @@ def _hub_splits(data: str, streaming: bool) -> dict[str, Any]:
     """The splits of a Hub dataset, downloaded unless streaming."""
     from datasets import load_dataset
 
-    return {str(name): part for name, part in _ask_hub(load_dataset, data, streaming=streaming).items()}
+    found: Any = _ask_hub(load_dataset, data, streaming=streaming)
+    return {str(name): dataset for name, dataset in found.items()}
 
 
 def _hub_commit(data: str) -> str:
@@ -271,5 +275,7 @@ def _hub_rows(data: str, dataset: Any, size: int | None) -> Iterator[Row]:
         except (ConnectionError, TimeoutError) as error:
             if waited >= PATIENCE_SECONDS:
                 raise DataError(data, f"the network failed for {waited:.0f} s after row {n_rows}; run again") from error
+        except OSError as error:
+            raise DataError(data, f"cannot be read on: {printable(str(error))}; {n_rows} rows read so far") from error
         time.sleep(pause * random.uniform(0.5, 1))
         waited, pause = waited + pause, min(2 * pause, 60.0)

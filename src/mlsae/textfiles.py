@@ -1,7 +1,7 @@
 """One text file becomes rows: .txt, .jsonl, .csv and .parquet, and .zst or .gz of these, read in bounded memory.
 
-A file may be damaged, cut short or hostile: what cannot be read is a DataError with file, line and byte, or the rows read so far,
-and a compressed file may hold no more than text could. A line, or a passage of a .txt file, is the most held in memory.
+A file may be damaged, cut short or hostile: what cannot be read is a DataError with file, line and byte and the rows
+read so far, and a compressed file may hold no more than text could. The most held in memory is a line or a passage.
 """
 
 import csv
@@ -10,7 +10,6 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +47,8 @@ def rows(path: Path, column: str) -> Iterator[Row]:
 
     n_rows = 0
     try:
-        with open(path, "rb", buffering=0) as file:
-            for row in _READERS[format_of(path)](_Input(path, file), column):
+        with open(path, "rb", buffering=0) as file, _Input(path, file) as source:
+            for row in _READERS[format_of(path)](source, column):
                 n_rows += 1
                 yield row
     except (_Damage, OSError, zlib.error, ZstdError, pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
@@ -82,6 +81,12 @@ class _Input:
         self.size = max(path.stat().st_size, 1)
         expand = _DECOMPRESSORS.get(path.suffix.lower())
         self.stream = io.BufferedReader(_Expanded(self, expand) if expand else file, 1 << 20)
+
+    def __enter__(self) -> "_Input":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
 
     @property
     def fraction(self) -> float:

@@ -121,7 +121,7 @@ class Trainer:
             return
         with self._autocast():
             code, recon = self.sae(resid)
-        self._tick(code, resid.shape[1])
+        self.tick(code, resid.shape[1])
         per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, recon, self.variance)
         aux = losses.AUX[self.rules.aux](self.sae, resid, code, recon, self.dead(), self.k_aux)
         loss = per_layer.mean() + self.config.aux_coef * aux
@@ -157,7 +157,7 @@ class Trainer:
         """Latents that have been quiet for the threshold."""
         return self.quiet >= self.dead_after
 
-    def _tick(self, code: Code, n_tokens: int) -> None:
+    def tick(self, code: Code, n_tokens: int) -> None:
         """Advance the dead-latent clock by one micro-batch."""
         fired = torch.zeros_like(self.quiet, dtype=torch.bool)
         fired[code.indices[code.values > self.config.dead_threshold]] = True

@@ -17,9 +17,9 @@ MAX_BLOCK_ELEMENTS = 1 << 24
 
 
 class RunningMoments:
-    """Mean, sample standard deviation and standard error of each row of a stream, by count, mean and squared deviation.
+    """Mean, sample standard deviation and standard error of each row of a stream.
 
-    Sets are joined by the update of Chan, Golub and LeVeque 1979, which keeps its digits where a sum of squares does not.
+    Kept as count, mean and squared deviation, joined as in Chan, Golub and LeVeque 1979: a sum of squares loses digits.
     """
 
     def __init__(self, n_rows: int):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mlsae.errors import ConfigError, ModelError, NumericsError, did_you_mean
+from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, did_you_mean
 from mlsae.files import load_tensors, save_tensors
 
 WEIGHTS = ("mass", "event", "count")
@@ -29,12 +29,10 @@ class SparseCode(Protocol):
     @property
     def values(self) -> Float[Tensor, "layer token k"]:
         """Activations z, >= 0; zeros are not counted."""
-        ...
 
     @property
     def indices(self) -> Int[Tensor, "layer token k"]:
         """Latent ids in [0, n_latents), distinct within a vector."""
-        ...
 
 
 # ---- results -------------------------------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ class Lawson2024Ratios:
 
 
 class LayerStatistics:
-    """Sums over tokens of where in depth each latent was active. All of them merge by addition.
+    """Sums over tokens of where in depth each latent was active. All of them merge by addition; layer i is row i.
 
     Per (layer, latent): `totals` sum z, `shares` sum z / sum_l z, `counts` number of z > 0. Per latent: `n_events`, and
     `within`, a row for each of WEIGHTS: the sum over events of sum_l w (l - mean layer of the event)^2.
@@ -189,12 +187,16 @@ class LayerStatistics:
                 it: it averages over sequences, so a sequence must arrive whole. With `keep [batch, pos]` marking the
                 tokens that were kept, it is `keep.nonzero()[:, 0]`.
         """
-        events = _find_events(*self._checked(code), self.n_latents)
-        n_tokens = code.values.shape[1]
+        values, indices = self._checked(code)
+        n_tokens = values.shape[1]
+        sequence = torch.zeros(n_tokens, dtype=torch.int64) if sequence is None else sequence.cpu()
+        if len(sequence) != n_tokens:
+            raise DataError("sequence", f"names the sequence of {len(sequence)} tokens; the code holds {n_tokens}")
+        events = _find_events(values, indices, self.n_latents)
         self._tokens += n_tokens
         self._add_sums(events)
         self._add_shapes(events)
-        self._add_lawson2024(events, torch.zeros(n_tokens, dtype=torch.int64) if sequence is None else sequence.cpu())
+        self._add_lawson2024(events, sequence)
 
     def merge(self, other: "LayerStatistics") -> "LayerStatistics":
         """The statistics of both sets of tokens, as new statistics."""
@@ -216,8 +218,8 @@ class LayerStatistics:
     def load(cls, path: Path) -> "LayerStatistics":
         """What `save` wrote, exactly."""
         found = load_tensors(path)
-        shape = found["counts"].shape if "counts" in found else ()
-        statistics = cls(*shape) if len(shape) == 2 else cls(0, 0)
+        counts = found.get("counts", torch.empty(0))  # its bytes are in the file: a wild size cannot fill memory
+        statistics = cls(*counts.shape) if counts.ndim == 2 and counts.numel() else cls(0, 0)
         sums = statistics.sums()
         if {n: (t.shape, t.dtype) for n, t in found.items()} != {n: (t.shape, t.dtype) for n, t in sums.items()}:
             raise ModelError(str(path), "does not hold layer statistics; name a file that LayerStatistics.save wrote")
@@ -249,14 +251,14 @@ class LayerStatistics:
             std=second.sqrt(),
             entropy=entropy,
             effective_layers=entropy.exp(),
-            n_active_layers=(self.counts >= (0.01 * self.counts.sum(dim=0)).clamp(min=1)).sum(dim=0),
+            n_active_layers=((100 * self.counts >= self.counts.sum(dim=0)) & (self.counts > 0)).sum(dim=0),
             bimodality=(third**2 + second**3) / (second * fourth),
         )
 
     def decomposition(self, weight: str = "mass") -> Decomposition:
         """Depth variance split into within, token and latent, with activations weighted by one of WEIGHTS."""
         if weight not in WEIGHTS:
-            raise ConfigError("weight", f"'{weight}'; choose one of {', '.join(WEIGHTS)}{did_you_mean(weight, WEIGHTS)}")
+            raise ConfigError("weight", f"'{weight}'; choose {', '.join(WEIGHTS)}{did_you_mean(weight, WEIGHTS)}")
         return _decompose(self._layer_sums(weight).double(), self.within[WEIGHTS.index(weight)])
 
     def lawson2024(self) -> Lawson2024Ratios:
@@ -274,10 +276,12 @@ class LayerStatistics:
     def _checked(self, code: SparseCode) -> tuple[Float[Tensor, "layer token k"], Int[Tensor, "layer token k"]]:
         """Values and ids on the CPU, refused where they would be counted wrongly and silently."""
         values, indices = code.values.detach().cpu(), code.indices.cpu()
+        if values.ndim != 3:
+            raise DataError("code", f"has shape {list(values.shape)}; give [layer, token, k], batch and pos flattened")
         if len(values) != self.n_layers:
             raise ModelError("code", f"has {len(values)} layers; these statistics have n_layers={self.n_layers}")
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_latents:
-            raise ModelError("code", f"has latent {int(indices.max())}; these statistics have n_latents={self.n_latents}")
+        if ((indices < 0) | (indices >= self.n_latents)).any():
+            raise ModelError("code", f"names latents outside [0, {self.n_latents}); check which SAE it is from")
         if not values.isfinite().all():
             raise NumericsError("code", "values hold NaN or infinity; check the SAE's weights and the residual stream")
         return values, indices
@@ -289,10 +293,9 @@ class LayerStatistics:
         cell = events.layer * self.n_latents + events.latent[events.event]
         for name, within in zip(WEIGHTS, self.within, strict=True):
             weight, spread = events.weighted(name)
-            sums = self._layer_sums(name)
-            sums.view(-1).scatter_add_(0, cell, weight.to(sums.dtype))
-            within.scatter_add_(0, events.latent, spread)
-        self.n_events.scatter_add_(0, events.latent, torch.ones_like(events.latent))
+            _add_at(self._layer_sums(name).view(-1), cell, weight)
+            _add_at(within, events.latent, spread)
+        _add_at(self.n_events, events.latent, torch.ones_like(events.latent))
 
     def _add_shapes(self, events: "_Events") -> None:
         last = events.start + events.size - 1
@@ -302,7 +305,7 @@ class LayerStatistics:
         self.last_layer += torch.bincount(events.layer[last], minlength=self.n_layers)
 
     def _add_lawson2024(self, events: "_Events", sequence: Int[Tensor, " token"]) -> None:
-        """Per sequence from each event's first and second moment of the layer: V needs no more, whatever it averages."""
+        """Per sequence, from the first and second moment of the layer in each event: V needs no more."""
         _, sequence, n_tokens = sequence.unique(return_inverse=True, return_counts=True)
         owner, n_sequences, n_cells = sequence[events.token], len(n_tokens), n_tokens * self.n_latents
         first, second = events.sum(events.share * events.layer), events.sum(events.share * events.layer**2)
@@ -368,7 +371,7 @@ class _Events:
         return torch.zeros_like(self.start).scatter_reduce_(0, self.event[begins], length, "amax")
 
     def _variance(self, share: Float[Tensor, " entry"]) -> Float[Tensor, " event"]:
-        """sum_l p (l - mean)^2 in two passes, so that it cannot be negative; on one layer p is 1 and it is exactly 0."""
+        """sum_l p (l - mean)^2 in two passes: never negative, and exactly 0 on one layer, where p is 1."""
         mean = self.sum(share * self.layer)
         return self.sum(share * (self.layer - mean[self.event]).square())
 
@@ -392,6 +395,14 @@ def _find_events(
 def _changes(x: Int[Tensor, " entry"]) -> Bool[Tensor, " entry"]:
     """True where an entry differs from the one before, and at the first."""
     return torch.cat([torch.ones_like(x[:1], dtype=torch.bool), x[1:] != x[:-1]])
+
+
+def _add_at(sums: Shaped[Tensor, " cell"], cell: Int[Tensor, " item"], x: Shaped[Tensor, " item"]) -> None:
+    """sums[cell] += x. Floats are added up apart first: rounding then grows with the updates, not with the entries."""
+    if sums.is_floating_point():
+        sums += _sums(x, cell, len(sums))
+    else:
+        sums.scatter_add_(0, cell, x.to(sums.dtype))
 
 
 def _sums(x: Float[Tensor, " item"], group: Int[Tensor, " item"], n_groups: int) -> Float[Tensor, " group"]:

@@ -1,0 +1,190 @@
+"""A run directory: its lock, its config, and its checkpoints, each staged, checksummed and renamed once.
+
+    RUN/config.json · metrics.jsonl · run.lock · step-00001000/{sae.safetensors, state.safetensors, state.json, manifest.json} · sae/
+
+The manifest is written last, as canonical JSON with a digest of its own fields, so that a flipped bit anywhere in a
+checkpoint is found; a load takes the newest checkpoint that verifies and says why it passed over the others.
+"""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlsae import files
+from mlsae.errors import ConfigError, NumericsError, ResourceError
+
+FORMAT_VERSION = 1
+PARTS = ("sae.safetensors", "state.safetensors", "state.json")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The whole state of a run between two optimizer steps."""
+
+    step: int
+    """Optimizer steps taken."""
+    sae: dict[str, Tensor]
+    """The SAE's parameters and buffers."""
+    state: dict[str, Tensor]
+    """Everything else that is a tensor: moments, variances, counters, random-number state."""
+    info: dict[str, Any]
+    """Everything else that is not: data position, length of metrics.jsonl."""
+
+
+class RunDirectory:
+    """One run's folder, held by one process.
+
+    Raises ResourceError if another process holds it, if it belongs to another config, or if `resume` finds nothing to resume.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool):
+        self.path = path
+        self.config = config
+        if path.exists() and not path.is_dir():
+            raise ResourceError(str(path), "is a file; choose a folder with --out")
+        self._claimed = False
+        if resume and not self.steps():
+            raise ResourceError(str(path), "no checkpoint in it; start without --resume")
+        files.probe_writable(path)
+        self.lock = files.RunLock(path)
+        try:
+            files.sweep(path)
+            self._claim(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, resume: bool) -> None:
+        """Write config.json into a new folder; in an old one, refuse a different config or a start over a run."""
+        stored = self.path / "config.json"
+        if not stored.exists():
+            files.write_json(stored, self.config)
+            self._claimed = True
+            return
+        before = files.read_json(stored)
+        now = files.finite(dict(self.config))
+        changed = [key for key in {**before, **now} if key != "out" and before.get(key) != now.get(key)]
+        if changed:
+            differences = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed)
+            raise ResourceError(str(self.path), f"holds a run with another config ({differences}); choose another --out")
+        if not resume and self.steps():
+            raise ResourceError(str(self.path), "holds this run already; add --resume to go on, or choose another --out")
+
+    def steps(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted(self.path.glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+    def save(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Write one checkpoint durably, verify it, and drop the oldest beyond `keep`.
+
+        Raises NumericsError if a tensor is not finite and ResourceError if the disk refuses; the older ones then stand.
+        """
+        for name, tensor in {**checkpoint.sae, **checkpoint.state}.items():
+            if name != "norm_limit" and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NumericsError(name, f"not finite at step {checkpoint.step}; the last checkpoint stands")
+        target = self.path / f"step-{checkpoint.step:08d}"
+        with files.staged_directory(target) as staged:
+            files.save_tensors(staged / "sae.safetensors", checkpoint.sae)
+            files.save_tensors(staged / "state.safetensors", checkpoint.state)
+            files.write_text(staged / "state.json", files.canonical_json(checkpoint.info))
+            files.write_text(staged / "manifest.json", _manifest(staged, checkpoint.step, self.config))
+        _check_manifest(target, sizes_only=True)
+        log.info("checkpoint step %d verified", checkpoint.step)
+        for old in self.steps()[:-keep]:
+            files.remove(old)
+
+    def load(self) -> Checkpoint:
+        """The newest checkpoint whose every byte is as written; each one passed over is named and set aside.
+
+        Raises ResourceError if none verifies: never a silent fresh start.
+        """
+        reasons = []
+        for directory in reversed(self.steps()):
+            try:
+                manifest = _check_manifest(directory)
+            except (ConfigError, ResourceError) as error:
+                reasons.append(f"{directory.name} {error.problem}")
+                continue
+            for reason in reasons:
+                log.warning("%s; using %s", reason, directory.name)
+            self._set_aside([d for d in self.steps() if d.name > directory.name])
+            self._warn_of_changes(manifest)
+            return Checkpoint(
+                step=manifest["step"],
+                sae=files.load_tensors(directory / "sae.safetensors"),
+                state=files.load_tensors(directory / "state.safetensors"),
+                info=files.read_json(directory / "state.json"),
+            )
+        raise ResourceError(str(self.path), f"no checkpoint can be used: {'; '.join(reasons) or 'there is none'}")
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """Rename what failed: left in place it would block the save that reaches its step again."""
+        for directory in damaged:
+            target = directory.with_name(f"damaged-{directory.name}")
+            files.remove(target)
+            files.rename(directory, target)
+
+    def _warn_of_changes(self, manifest: Mapping[str, Any]) -> None:
+        here = _environment()
+        if changed := [f"{key} {manifest[key]} -> {here[key]}" for key in here if manifest.get(key) != here[key]]:
+            log.warning("resuming with %s: bit-exactness is not promised", ", ".join(changed))
+
+    def close(self) -> None:
+        """Give the folder up; one that we claimed and in which no step was taken leaves no trace."""
+        metrics = self.path / "metrics.jsonl"
+        if self._claimed and not self.steps() and not (metrics.exists() and metrics.stat().st_size):
+            for name in ("config.json", "metrics.jsonl", "run.lock"):
+                files.remove(self.path / name)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        self.lock.release()
+
+
+def _manifest(directory: Path, step: int, config: Mapping[str, Any]) -> str:
+    fields: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "config_sha256": _digest(files.finite(dict(config))),
+        **_environment(),
+        "files": {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": files.sha256(directory / name)} for name in PARTS
+        },
+    }
+    return files.canonical_json({**fields, "sha256": _digest(fields)})
+
+
+def _check_manifest(directory: Path, *, sizes_only: bool = False) -> dict[str, Any]:
+    """The manifest, once it and every file it names are as they were written."""
+    path = directory / "manifest.json"
+    manifest = files.read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format_version", 0) > FORMAT_VERSION:
+        newest = manifest.get("format_version") if isinstance(manifest, dict) else None
+        raise ResourceError(str(path), f"has format {newest}; this version reads up to {FORMAT_VERSION}")
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    if path.read_text() != files.canonical_json(manifest) or manifest.get("sha256") != _digest(fields):
+        raise ResourceError(str(path), "failed its checksum (manifest.json)")
+    for name, expected in manifest["files"].items():
+        part = directory / name
+        if not part.is_file() or part.stat().st_size != expected["bytes"]:
+            raise ResourceError(str(part), f"failed its size check ({name})")
+        if not sizes_only and files.sha256(part) != expected["sha256"]:
+            raise ResourceError(str(part), f"failed its checksum ({name})")
+    return manifest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(files.canonical_json(value).encode()).hexdigest()
+
+
+def _environment() -> dict[str, Any]:
+    """What bit-exactness depends on besides the files."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -1,0 +1,121 @@
+"""What a long run tells people and programs: a progress bar, metrics.jsonl, and, if asked, one outside logger."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from mlsae.files import JsonLines
+from mlsae.trainer import StepReport
+
+log = logging.getLogger(__name__)
+
+
+class Logger(Protocol):
+    """Something that takes metrics by name."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record one step's metrics."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+def open_logger(name: str | None, run: Path, config: Mapping[str, Any]) -> Logger | None:
+    """The outside logger of that name. If its package is missing or refuses, warns once and logs to files only."""
+    if name is None:
+        return None
+    try:
+        return {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}[name](run, config)
+    except ImportError as error:
+        log.warning("log_to: %s is not installed (%s); logging to files only", name, error)
+    except (OSError, RuntimeError, ValueError) as error:
+        log.warning("log_to: %s cannot start (%s); logging to files only", name, error)
+    return None
+
+
+class _Wandb:
+    def __init__(self, run: Path, config: Mapping[str, Any]):
+        import wandb
+
+        self._run = wandb.init(project="mlsae", name=run.name, dir=str(run), config=dict(config))
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, run: Path, config: Mapping[str, Any]):
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project="mlsae", name=run.name, config=dict(config))
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._trackio.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, config: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run / "tensorboard")
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        for key, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Reporter:
+    """The one place where training logs. Metrics lines are the same for the same run, but for the two wall-clock keys at the end."""
+
+    def __init__(
+        self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, every: int, progress: bool
+    ):
+        self._metrics, self._logger, self._every = metrics, logger, every
+        self._started = time.monotonic()
+        self._tokens_here = 0
+        self._bar = tqdm(
+            total=total, initial=done, unit="tok", unit_scale=True, desc="train", disable=not progress, smoothing=0.05
+        )
+
+    def report(self, report: StepReport, n_tokens: int, extra: Mapping[str, Any], *, last: bool) -> None:
+        """Show one step; write it down if its turn has come. `n_tokens` counts masked positions too."""
+        self._tokens_here += n_tokens
+        self._bar.update(n_tokens)
+        self._bar.set_postfix_str(f"FVU {report.fvu:.3f}, dead {report.dead_fraction:.1%}", refresh=False)
+        if report.step % self._every == 0 or last:
+            elapsed = time.monotonic() - self._started
+            wall = {"elapsed_seconds": round(elapsed, 3), "tokens_per_second": round(self._tokens_here / elapsed, 1)}
+            record = {**report.to_dict(), **extra, **wall}
+            self._metrics.append(record)
+            if self._logger is not None:
+                self._logger.log({k: v for k, v in record.items() if k != "step"}, report.step)
+
+    def close(self) -> None:
+        """Finish the bar, the file and the logger."""
+        self._bar.close()
+        self._metrics.close()
+        if self._logger is not None:
+            self._logger.close()
+
+
+def bar(items: Iterable[Any], *, total: int, desc: str, progress: bool, unit: str = "tok") -> Iterator[Any]:
+    """`items`, each a (number of tokens, value) pair, with a progress bar in tokens; yields the values."""
+    with tqdm(total=total, unit=unit, unit_scale=True, desc=desc, disable=not progress, delay=1) as shown:
+        for n_tokens, value in items:
+            yield value
+            shown.update(n_tokens)

@@ -1,0 +1,275 @@
+"""Train one SAE on every layer of a language model: the loop, and what it needs around it to survive and be resumed."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+
+from mlsae import devices, files
+from mlsae.checkpoint import Checkpoint, RunDirectory
+from mlsae.config import TrainConfig, resolve, sae_config
+from mlsae.data import TextSource, TokenBlocks, pack
+from mlsae.errors import Interrupted
+from mlsae.lm import LanguageModel, read_shape
+from mlsae.metrics import ReconstructionSums
+from mlsae.reading import check_pair, read
+from mlsae.reporting import Reporter, open_logger
+from mlsae.sae import MLSAE
+from mlsae.trainer import StepReport, Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    directory: str
+    """The run directory; the SAE is in its folder `sae`."""
+    steps: int
+    """Optimizer steps in all."""
+    tokens: int
+    """Tokens read in all, masked ones included."""
+    passes: float
+    """How often the text was read."""
+    fvu: float
+    """Mean FVU of the last step."""
+    dead_fraction: float
+    """Dead latents at the last step."""
+    masked_by_norm: list[int]
+    """Vectors left out for their norm, per layer."""
+    seconds: float
+    """Wall time of this process's part of the run."""
+
+    @property
+    def sae(self) -> MLSAE:
+        """The trained SAE, read back from disk."""
+        return MLSAE.from_pretrained(self.directory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values by field name."""
+        return asdict(self)
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, progress: bool = True, lm: LanguageModel | None = None
+) -> Run:
+    """Train as `config` says and return the finished run; `lm` saves loading the language model again.
+
+    SIGINT and SIGTERM save a checkpoint and raise Interrupted; `resume` then goes on, bit for bit as if nothing had happened.
+
+    Raises:
+        ConfigError, DataError, ResourceError, ModelError: before the first step, and without leaving a new run directory.
+        NumericsError: a loss or gradient is not finite; nothing of that step is kept.
+    """
+    started = time.monotonic()
+    device = devices.choose_device(config.device)
+    shape = lm.shape if lm is not None else read_shape(config.lm)
+    config = resolve(config, shape)
+    config = config.replaced(precision=devices.choose_precision(config.precision, device, config.rules.cuda_precision))
+    dtype = devices.lm_dtype(config.lm_dtype, device)
+    devices.check_fits(config, shape.d_model, device)
+    run = RunDirectory(Path(config.out), config.to_dict(), resume=resume)
+    try:
+        with StopFlag() as stop:
+            if lm is None:
+                lm = LanguageModel.from_pretrained(
+                    config.lm, device=device, dtype=dtype, separator_token=config.separator_token
+                )
+            loop = Loop(config, lm, run, resume=resume, progress=progress, stop=stop)
+            report = loop.run()
+        return loop.summary(report, time.monotonic() - started)
+    finally:
+        run.close()
+
+
+class Loop:
+    """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop."""
+
+    def __init__(
+        self, config: TrainConfig, lm: LanguageModel, run: RunDirectory, *, resume: bool, progress: bool, stop: "StopFlag"
+    ):
+        self.config, self.lm, self.run_directory, self.stop, self.progress = config, lm, run, stop, progress
+        self.batch = config.batch_size or 1
+        self.accumulation = config.accumulation_steps or 1
+        self.context = config.context_length or 1
+        self.step_tokens = self.batch * self.accumulation * self.context
+        self.n_steps = config.tokens // self.step_tokens
+        self.blocks = pack_split(config, lm, config.split, progress=progress)
+        if not config.repeat:
+            self.n_steps = min(self.n_steps, len(self.blocks) // (self.batch * self.accumulation))
+        torch.manual_seed(config.seed)
+        sae = MLSAE(_sae_config(config, lm)).to(lm.device)
+        check_pair(lm, sae)
+        self.trainer = Trainer(sae, config, n_steps=self.n_steps, step_tokens=self.step_tokens)
+        self.position = 0
+        """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
+        self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
+        self.metrics = files.JsonLines(run.path / "metrics.jsonl")
+        self.validation = self._validation_blocks()
+        if resume:
+            self._load(run.load())
+        else:
+            self._say_passes()
+            self.trainer.initialise(self._sample())
+
+    def run(self) -> StepReport | None:
+        """Every remaining step; the loop itself."""
+        reporter = self._reporter()
+        report = None
+        try:
+            for step in range(self.trainer.steps + 1, self.n_steps + 1):
+                for tokens in self._micro_batches():
+                    reading = read(self.lm, self.trainer.sae, tokens)
+                    self.trainer.accumulate(reading.to_train(self.trainer.sae))
+                    self.over_norm += reading.over_norm.cpu()
+                report = self.trainer.update()
+                reporter.report(report, self.step_tokens, self._extra(step), last=step == self.n_steps)
+                if step % (self.config.save_every_steps or 1) == 0 or step == self.n_steps or self.stop.asked:
+                    self._save()
+                if self.stop.asked and step < self.n_steps:
+                    raise Interrupted("train", f"stopped after step {step} of {self.n_steps}; --resume continues")
+            return report
+        finally:
+            reporter.close()
+
+    def summary(self, report: StepReport | None, seconds: float) -> Run:
+        """The finished run in numbers."""
+        tokens = self.trainer.steps * self.step_tokens
+        return Run(
+            directory=str(self.run_directory.path),
+            steps=self.trainer.steps,
+            tokens=tokens,
+            passes=self.position / len(self.blocks),
+            fvu=report.fvu if report else float("nan"),
+            dead_fraction=float(self.trainer.dead().float().mean()),
+            masked_by_norm=self.over_norm.tolist(),
+            seconds=seconds,
+        )
+
+    def _micro_batches(self) -> Iterator[torch.Tensor]:
+        for _ in range(self.accumulation):
+            yield self._read(self.blocks, self.position, self.batch)
+            self.position += self.batch
+
+    def _read(self, blocks: TokenBlocks, position: int, n: int) -> torch.Tensor:
+        return blocks.read(position, n, seed=self.config.seed, order=self.config.rules.order)
+
+    def _sample(self) -> Iterator[torch.Tensor]:
+        """The first batches of the stream, for what is fixed before training."""
+        for position in range(0, len(self.blocks), self.batch):
+            if self.stop.asked:
+                raise Interrupted("train", "stopped before the first step; nothing was written")
+            sae = self.trainer.sae
+            yield read(self.lm, sae, self._read(self.blocks, position, self.batch)).to_train(sae)
+
+    def _validation_blocks(self) -> TokenBlocks | None:
+        if self.config.validate_every_steps is None:
+            return None
+        if self.config.rules.validation_data == "train":
+            return self.blocks
+        return pack_split(self.config, self.lm, "validation", progress=self.progress)
+
+    def _extra(self, step: int) -> dict[str, Any]:
+        """Metrics that only some steps have."""
+        extra: dict[str, Any] = {"masked_by_norm": self.over_norm.tolist()}
+        if self.validation is not None and step % (self.config.validate_every_steps or 1) == 0:
+            extra["validation_fvu"] = validate(self, self.validation)
+        return extra
+
+    def _save(self) -> None:
+        """A checkpoint of this moment between two steps, and the SAE where `from_pretrained` finds it."""
+        state = {**self.trainer.state(), "over_norm": self.over_norm, "rng.torch": torch.get_rng_state()}
+        info = {"position": self.position, "metrics_bytes": self.metrics.sync()}
+        self.run_directory.save(
+            Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, info), self.config.keep_checkpoints
+        )
+        self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.trainer.sae.load_state_dict(checkpoint.sae)
+        self.trainer.load_state(checkpoint.state)
+        torch.set_rng_state(checkpoint.state["rng.torch"])
+        self.over_norm = checkpoint.state["over_norm"]
+        self.position = checkpoint.info["position"]
+        self.metrics.truncate(checkpoint.info["metrics_bytes"])
+        log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
+
+    def _say_passes(self) -> None:
+        passes = self.n_steps * self.batch * self.accumulation / len(self.blocks)
+        if passes > 1:
+            log.warning("the text holds %d tokens: training will take %.1f passes", self.blocks.n_tokens, passes)
+
+    def _reporter(self) -> Reporter:
+        return Reporter(
+            self.metrics,
+            open_logger(self.config.log_to, self.run_directory.path, self.config.to_dict()),
+            done=self.trainer.steps * self.step_tokens,
+            total=self.n_steps * self.step_tokens,
+            every=self.config.log_every_steps or 1,
+            progress=self.progress,
+        )
+
+
+@torch.no_grad()
+def validate(loop: Loop, blocks: TokenBlocks) -> float:
+    """Mean FVU on held-out text; lawson2024 validates on the start of the training stream and lets it move the clock (D8, D18)."""
+    sae, trainer = loop.trainer.sae, loop.trainer
+    sums = ReconstructionSums(len(sae.layers), sae.config.d_model)
+    for position in range(0, min(loop.config.validation_sequences, len(blocks)), loop.batch):
+        vectors = read(loop.lm, sae, blocks.read(position, loop.batch, order="file")).to_train(sae)
+        code, recon = sae(vectors)
+        sums.update(vectors, recon, code.values)
+        if trainer.rules.validation_counts:
+            trainer.tick(code, vectors.shape[1])
+    return float(sums.quality().fvu.mean())
+
+
+def pack_split(config: TrainConfig, lm: LanguageModel, split: str, *, progress: bool) -> TokenBlocks:
+    """The token blocks of one part of the training data."""
+    source = TextSource(config.data, split, config.text_column, config.skip_bad_rows, config.streaming)
+    needed = config.tokens + (config.context_length or 1) if split == config.split else None
+    return pack(
+        source,
+        lm.tokenizer,
+        config.context_length or 1,
+        max_tokens=needed if config.streaming else None,
+        packing=config.rules.packing,
+        progress=progress,
+    )
+
+
+def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
+    return sae_config(config, lm.shape).replaced(
+        expansion_factor=None, lm_revision=lm.revision, tokenizer_fingerprint=lm.tokenizer.fingerprint
+    )
+
+
+class StopFlag:
+    """SIGINT and SIGTERM ask for a stop between two steps; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever owns that thread handles signals
+                break
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
