@@ -57,7 +57,7 @@ def test_geometric_median_of_equal_points_is_that_point():
 def test_norm_limit_is_a_multiple_of_the_first_tokens_median():
     """Of whole batches, as many as hold 1,024 tokens; later tokens do not count."""
     sae, resid = make_sae(factor=3.0), random_resid(3000)
-    initialise(sae, resid.split(300, dim=1), 3000, STANDARD)
+    initialise(sae, iter(resid.split(300, dim=1)), 3000, STANDARD)
     norms = np.linalg.norm(resid.numpy()[:, :1200], axis=-1)
     lower_median = np.sort(norms, axis=1)[:, 599]
     np.testing.assert_allclose(sae.norm_limit.numpy(), 3 * lower_median, rtol=1e-12)
@@ -72,7 +72,7 @@ def test_no_norm_limit_when_off():
 def test_frame_and_variance_are_those_of_the_used_tokens():
     """Used: the batches that reach n_tokens, less tokens over the limit at any layer."""
     sae, resid = make_sae(factor=4.0), random_resid(3000, outliers=5)
-    variance = initialise(sae, resid.split(250, dim=1), 1990, STANDARD)
+    variance = initialise(sae, iter(resid.split(250, dim=1)), 1990, STANDARD)
     norms, limit = np.linalg.norm(resid.numpy()[:, :2000], axis=-1), sae.norm_limit.numpy()
     used = resid.numpy()[:, :2000][:, (norms <= limit[:, None]).all(0)]
     assert 1900 < used.shape[1] <= 1995
@@ -116,7 +116,7 @@ def test_batch_size_does_not_matter(sizes, factor):
     """All tokens are below a generous limit, so where the first chunk ends cannot matter either."""
     resid, whole, parts = random_resid(1500), make_sae(factor=factor), make_sae(factor=factor)
     one = initialise(whole, [resid], 1500, STANDARD)
-    two = initialise(parts, resid.split(sizes, dim=1), 1500, STANDARD)
+    two = initialise(parts, iter(resid.split(sizes, dim=1)), 1500, STANDARD)
     torch.testing.assert_close(two, one, rtol=1e-11, atol=0)
     for name, tensor in whole.state_dict().items():
         if name != "norm_limit":
@@ -133,7 +133,7 @@ def test_weights_are_left_alone():
 
 def test_a_short_sample_is_used_whole():
     one, two, resid = make_sae(factor=10.0), make_sae(factor=10.0), random_resid(40)
-    initialise(one, resid.split(7, dim=1), 32_768, STANDARD)
+    initialise(one, iter(resid.split(7, dim=1)), 32_768, STANDARD)
     initialise(two, [resid], 40, STANDARD)
     for name, tensor in two.state_dict().items():
         torch.testing.assert_close(one.state_dict()[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
@@ -144,7 +144,7 @@ def test_the_median_sample_is_thinned_but_not_below_its_size(monkeypatch):
     seen = []
     monkeypatch.setattr(initial, "MEDIAN_VECTORS", 300)
     monkeypatch.setattr(initial, "geometric_median", lambda points: seen.append(len(points)) or points.mean(0))
-    initialise(make_sae(), random_resid(2000).split(100, dim=1), 2000, STANDARD)
+    initialise(make_sae(), iter(random_resid(2000).split(100, dim=1)), 2000, STANDARD)
     assert 300 <= seen[0] < 600
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-import mlsae.lm
+import mlsae.hub
 from mlsae.config import LMShape
 from mlsae.errors import ConfigError, DataError, ModelError
 from mlsae.lm import LanguageModel, read_shape
@@ -504,7 +504,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, name: str, error:
     def model_info(*args, **kwargs):
         raise answer(error)
 
-    monkeypatch.setattr(mlsae.lm.HfApi, "model_info", model_info)
+    monkeypatch.setattr(mlsae.hub.HfApi, "model_info", model_info)
     problem = refused(name)
     assert sentence in problem
     assert "hf_secret" not in problem
@@ -516,8 +516,8 @@ def test_gated_files_of_a_listed_repository(monkeypatch: pytest.MonkeyPatch):
 
     files = [{"rfilename": name} for name in ("config.json", "model.safetensors")]
     listing = huggingface_hub.ModelInfo(id="org/lm", sha="a" * 40, siblings=files)
-    monkeypatch.setattr(mlsae.lm.HfApi, "model_info", lambda *args, **kwargs: listing)
-    monkeypatch.setattr(mlsae.lm, "hf_hub_download", download)
+    monkeypatch.setattr(mlsae.hub.HfApi, "model_info", lambda *args, **kwargs: listing)
+    monkeypatch.setattr(mlsae.hub, "hf_hub_download", download)
     assert "is gated" in refused("org/lm")
 
 

@@ -89,7 +89,8 @@ class RunDirectory:
         Raises NumericsError if a tensor is not finite and ResourceError if the disk refuses; the older ones then stand.
         """
         for name, tensor in {**checkpoint.sae, **checkpoint.state}.items():
-            if name != "norm_limit" and tensor.is_floating_point() and not tensor.isfinite().all():
+            finite = tensor > 0 if name == "norm_limit" else tensor.isfinite()  # a limit may be infinite: off
+            if not finite.all():
                 raise NumericsError(name, f"not finite at step {checkpoint.step}; the last checkpoint stands")
         target = self.path / f"step-{checkpoint.step:08d}"
         with files.staged_directory(target) as staged:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -133,6 +133,9 @@ RECIPES: dict[RecipeName, Recipe] = {
 }
 
 
+C = TypeVar("C", bound="Config")  # typing.Self is refused by the shape checker of the test suite
+
+
 class Config(BaseModel):
     """A frozen set of knobs that refuses unknown keys and wrong types in one sentence."""
 
@@ -144,7 +147,7 @@ class Config(BaseModel):
         except ValidationError as error:
             raise config_error(error, type(self)) from None
 
-    def replaced(self, **changes: Any) -> Self:
+    def replaced(self: C, **changes: Any) -> C:
         """The same config with some fields changed, validated anew."""
         return type(self)(**{**self.model_dump(), **changes})
 
@@ -166,7 +169,7 @@ class DictionaryFields(Config):
     """Leave out the vectors of special tokens."""
 
     @model_validator(mode="after")
-    def _layers_and_groups(self) -> Self:
+    def _layers_and_groups(self: C) -> C:
         if self.layers is not None:
             check_layers(self.layers)
             if self.groups > len(self.layers):
@@ -210,7 +213,10 @@ class MLSAEConfig(DictionaryFields):
     @classmethod
     def _sizes(cls, values: Any) -> Any:
         """Fill n_latents from expansion_factor or the reverse; refuse a pair that disagrees."""
-        if not isinstance(values, Mapping) or not isinstance(values.get("d_model"), int):
+        sizes = ("d_model", "groups", "n_latents", "expansion_factor")
+        if not isinstance(values, Mapping) or any(isinstance(values.get(name), str | bool | list | dict) for name in sizes):
+            return values  # left for the type check
+        if values.get("d_model") is None or values.get("groups", 1) < 1:
             return values
         d_model, groups = values["d_model"], values.get("groups", 1)
         n_latents, factor = values.get("n_latents"), values.get("expansion_factor")
@@ -226,7 +232,7 @@ class MLSAEConfig(DictionaryFields):
         return {**values, "n_latents": n_latents, "expansion_factor": n_latents / groups / d_model}
 
     @model_validator(mode="after")
-    def _k_fits(self) -> Self:
+    def _k_fits(self: C) -> C:
         n_latents = self.n_latents // self.groups
         if self.k > n_latents:
             raise ConfigError(
@@ -283,7 +289,7 @@ class TrainerConfig(Config):
     """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on an accelerator that has it, else float32."""
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
+    def _schedule_fits(self: C) -> C:
         if (self.warmup_fraction or 0.0) + (self.decay_fraction or 0.0) > 1:
             raise ConfigError("warmup_fraction", "with decay_fraction more than the whole run; lower one of them")
         return self
@@ -353,7 +359,7 @@ class TrainConfig(TrainerConfig, DictionaryFields):
     """Also send metrics here; None: files only, nothing leaves this machine."""
 
     @model_validator(mode="after")
-    def _combinations(self) -> Self:
+    def _combinations(self: C) -> C:
         if self.n_latents is not None and self.expansion_factor is not None:
             raise ConfigError("n_latents", "given together with expansion_factor; give one of them")
         return self

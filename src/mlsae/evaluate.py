@@ -13,7 +13,7 @@ from torch import Tensor
 from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import ConfigError, DataError
 from mlsae.lm import LanguageModel
-from mlsae.metrics import ReconstructionSums, kl_divergence, next_token_losses
+from mlsae.metrics import ReconstructionSums, cross_entropy, kl_divergence
 from mlsae.reading import Reading, check_pair, read
 from mlsae.reporting import bar
 from mlsae.sae import MLSAE
@@ -174,8 +174,8 @@ class EvaluationSums:
         spliced = reading.resid.clone()
         spliced[:, reading.visible] = recon
         tokens, visible = reading.tokens[part], reading.visible[part]
-        clean = lm.logits(tokens)
-        self.losses[-1] += next_token_losses(clean, tokens).double().sum().cpu()
+        clean = lm.logits(tokens).float().log_softmax(-1)
+        self.losses[-1] += sum(cross_entropy(*pair).cpu() for pair in zip(clean, tokens, strict=True))
         for row, layer in enumerate(sae.layers):
             self._compare(row, clean, lm.run_from(spliced[row, part], layer, tokens), tokens)
         replace = {layer: splice_with(sae, layer, visible) for layer in sae.layers}
@@ -184,9 +184,11 @@ class EvaluationSums:
         self.n_positions += tokens.numel()
         self.n_sequences += len(tokens)
 
-    def _compare(self, row: int, clean: Tensor, spliced: Tensor, tokens: Tensor) -> None:
-        self.losses[row] += next_token_losses(spliced, tokens).double().sum().cpu()
-        for before, after in zip(clean, spliced, strict=True):  # a sequence at a time: logits are the largest tensors here
+    def _compare(self, row: int, clean: Tensor, logits: Tensor, tokens: Tensor) -> None:
+        """Add one splice: `clean` are the untouched model's log-probabilities, `logits` the spliced one's."""
+        for before, after, targets in zip(clean, logits, tokens, strict=True):  # one sequence at a time: these are large
+            after = after.float().log_softmax(-1)
+            self.losses[row] += cross_entropy(after, targets).cpu()
             self.kl[row] += kl_divergence(before, after).double().sum().cpu()
             self.kl_reversed[row] += kl_divergence(after, before).double().sum().cpu()
 

@@ -22,8 +22,9 @@ import yaml
 from mlsae.errors import ConfigError, ModelError, ResourceError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
+_DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64"}
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 100 << 20
@@ -277,17 +278,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file. With `shapes`, names and shapes must be exactly those, checked before reading."""
+def load_tensors(path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first."""
     from safetensors import SafetensorError, safe_open
 
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if shapes is not None:
-                _check_shapes(path, found, shapes)
-            return {name: file.get_tensor(name) for name in found}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            if expected is not None:
+                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+                _check_tensors(path, found, {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()})
+            return {name: file.get_tensor(name) for name in slices}
     except (SafetensorError, OSError) as error:
         raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
 
@@ -303,14 +305,16 @@ def _check_header(path: Path) -> None:
         raise ModelError(str(path), f"not a safetensors file (header of {header} bytes in a file of {size})")
 
 
-def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if missing := sorted(wanted.keys() - found.keys()):
         raise ModelError(str(path), f"tensor '{missing[0]}' is missing; the file is not whole")
     if unknown := sorted(found.keys() - wanted.keys()):
         raise ModelError(str(path), f"tensor '{unknown[0]}' is unknown; the file was not written for this config")
-    for name, shape in wanted.items():
-        if found[name] != tuple(shape):
-            raise ModelError(str(path), f"tensor '{name}' has shape {list(found[name])}; config.json needs {list(shape)}")
+    for name, (kind, shape) in wanted.items():
+        if found[name][1] != shape:
+            raise ModelError(str(path), f"tensor '{name}' has shape {list(found[name][1])}; config.json needs {list(shape)}")
+        if found[name][0] != kind:
+            raise ModelError(str(path), f"tensor '{name}' is {found[name][0]}; it must be {kind}")
 
 
 def _read_small(path: Path, max_bytes: int) -> str:

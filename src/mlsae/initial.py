@@ -1,6 +1,7 @@
 """What a sample of residual vectors fixes before the first step: norm limits, the frame, variances, and `b_pre`."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -19,36 +20,41 @@ NORM_TOKENS = 1024
 
 @torch.no_grad()
 def initialise(
-    sae: MLSAE, batches: Iterable[Float[Tensor, "layer token d_model"]], n_tokens: int, rules: Recipe
+    sae: MLSAE, batches: Iterable[Float[Tensor, "layer _ d_model"]], n_tokens: int, rules: Recipe
 ) -> Float[Tensor, " layer"]:
     """Fit the SAE's norm limits, frame and `b_pre` to about `n_tokens` tokens; returns each layer's variance.
 
     `batches` hold the vectors left by masking, without the limit on norms. They are read once and not kept, but for a sample
-    of `MEDIAN_VECTORS`. Raises DataError if there is no token at all.
+    of `MEDIAN_VECTORS`. Raises DataError if there is no token at all, or a layer does not vary.
     """
-    moments, sample, first, seen = None, [], [], 0
-    for resid in batches:
-        seen += resid.shape[1]
-        first.append(resid)
-        if moments is None and seen < min(NORM_TOKENS, n_tokens):
-            continue  # the limit on norms needs enough tokens for a median
-        if moments is None:
-            _set_norm_limit(sae, torch.cat(first, 1))
-            moments = Moments(*first[0].shape[::2])
-        for part in first:
-            part = part[:, sae.within_norm(part).all(0)]
-            moments.update(part)
-            sample.append(_thinned(part, n_tokens))
-        first = []
-        if seen >= n_tokens:
+    batches = iter(batches)
+    first = _take(batches, min(NORM_TOKENS, n_tokens))
+    _set_norm_limit(sae, torch.cat(first, 1))
+    moments, sample = Moments(*first[0].shape[::2]), _Sample()
+    for resid in itertools.chain(first, batches):
+        resid = resid[:, sae.within_norm(resid).all(0)]
+        sample.add(resid, moments.n_tokens)
+        moments.update(resid)
+        if moments.n_tokens >= n_tokens:
             break
-    if moments is None and first:  # a short sample
-        return initialise(sae, [torch.cat(first, 1)], 1, rules)
-    if moments is None or moments.n_tokens == 0:
-        raise DataError("data", "no token is left after masking; use longer text")
+    if not (moments.variance > 0).all():
+        layer = sae.layers[int(moments.variance.argmin())]
+        raise DataError("data", f"layer {layer} does not vary over {moments.n_tokens} tokens; use longer text")
     sae.frame.fit(moments.mean, moments.variance)
-    _set_bias(sae, torch.cat(sample, 1), rules)
+    _set_bias(sae, first[0] if rules.bias_init == "raw" else sample.vectors(), rules)
     return moments.variance
+
+
+def _take(batches: Iterator[Tensor], n_tokens: int) -> list[Tensor]:
+    """The first batches, until they hold `n_tokens` tokens: enough for a median of norms."""
+    taken: list[Tensor] = []
+    for resid in batches:
+        taken.append(resid)
+        if sum(part.shape[1] for part in taken) >= n_tokens:
+            break
+    if not any(part.shape[1] for part in taken):
+        raise DataError("data", "no token is left after masking; use longer text")
+    return taken
 
 
 def _set_norm_limit(sae: MLSAE, resid: Tensor) -> None:
@@ -57,9 +63,21 @@ def _set_norm_limit(sae: MLSAE, resid: Tensor) -> None:
         sae.norm_limit.copy_(factor * resid.norm(dim=-1).median(1).values)
 
 
-def _thinned(resid: Tensor, n_tokens: int) -> Tensor:
-    """Every so-manieth token, so that the sample for the median stays small whatever the model."""
-    return resid[:, :: max(1, n_tokens * resid.shape[0] // MEDIAN_VECTORS)].clone()
+class _Sample:
+    """Evenly spaced tokens of a stream, at most twice `MEDIAN_VECTORS` vectors whatever its length."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._stride = 1
+
+    def add(self, resid: Tensor, n_before: int) -> None:
+        self._parts.append(resid[:, -n_before % self._stride :: self._stride].clone())
+        while sum(part.shape[0] * part.shape[1] for part in self._parts) > 2 * MEDIAN_VECTORS:
+            self._parts = [self.vectors()[:, ::2]]
+            self._stride *= 2
+
+    def vectors(self) -> Float[Tensor, "layer token d_model"]:
+        return torch.cat(self._parts, 1)
 
 
 def _set_bias(sae: MLSAE, sample: Float[Tensor, "layer token d_model"], rules: Recipe) -> None:

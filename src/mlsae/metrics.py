@@ -6,7 +6,7 @@ Sums are float64 and counts int64, so results do not depend on batch size, token
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -112,7 +112,7 @@ class ReconstructionSums:
         error = (resid - recon).double().square().sum((1, 2))
         norms, recon_norms = resid.norm(dim=-1), recon.norm(dim=-1)
         cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1)
-        per_token = (cosine, recon_norms / norms, (values > 0).sum(-1), values.sum(-1))
+        per_token = (cosine, recon_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny), (values > 0).sum(-1), values.sum(-1))
         self.sums += torch.stack([error, *(x.double().sum(1) for x in per_token)]).cpu()
         zeros = resid.new_zeros(resid.shape[0], n_masked, resid.shape[2])
         published = torch.cat([resid, zeros], 1), torch.cat([recon, zeros], 1)
@@ -144,18 +144,15 @@ class ReconstructionSums:
         )
 
 
-def next_token_losses(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Tensor
-) -> Float[Tensor, "batch pos-1"]:
-    """Cross-entropy of each next token, in nats."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
-        tokens.shape[0], -1
-    )
+def cross_entropy(
+    log_probs: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]
+) -> Float[Tensor, ""]:
+    """Summed cross-entropy of each next token of one sequence, in nats."""
+    return -log_probs[:-1].gather(1, tokens[1:, None]).double().sum()
 
 
 def kl_divergence(
     clean: Float[Tensor, "*batch d_vocab"], spliced: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(clean, spliced) = sum p_clean ln(p_clean / p_spliced) of two sets of logits, in nats per position."""
-    p, q = clean.log_softmax(-1), spliced.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(clean, spliced) = sum p_clean ln(p_clean / p_spliced) of two sets of log-probabilities, in nats per position."""
+    return (clean.exp() * (clean - spliced)).sum(-1)

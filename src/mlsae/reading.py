@@ -41,8 +41,9 @@ def read(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"]) -> Rea
         tokens, special_tokens=config.mask_special_tokens, first_position=config.mask_first_position
     )
     resid = lm.resid(tokens, layers=config.layers)
-    visible = sae.visible(resid, keep)
-    over_norm = (keep & ~sae.within_norm(resid)).sum((1, 2))
+    within = sae.within_norm(resid)
+    visible = keep & within.all(0)
+    over_norm = (keep & ~within).sum((1, 2))
     return Reading(tokens, resid, visible, resid[:, visible], over_norm)
 
 

@@ -9,7 +9,6 @@ frame, that layer's own mean and scale.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -111,16 +110,14 @@ class MLSAE(nn.Module):
         code = self.encode(resid)
         return code, self.decode(code)
 
-    def visible(
-        self, resid: Float[Tensor, "layer *batch d_model"], keep: Bool[Tensor, "*batch"]
-    ) -> Bool[Tensor, "*batch"]:
-        """`keep` without the tokens whose norm exceeds the limit at any layer: the positions this SAE sees."""
-        return keep & self.within_norm(resid).all(0)
-
     def within_norm(self, resid: Float[Tensor, "layer *batch d_model"]) -> Bool[Tensor, "layer *batch"]:
-        """Which vectors are no longer than their layer's limit."""
-        limit = self.norm_limit if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
-        return resid.norm(dim=-1) <= limit.view(-1, *[1] * (resid.ndim - 2))
+        """Which vectors are no longer than their layer's limit; a token is masked when any of its vectors is.
+
+        NaN is within the limit: it must reach the loss, which stops the run, and not be masked away.
+        """
+        rows = self.rows(resid)
+        limit = self.norm_limit[rows] if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
+        return ~(resid.norm(dim=-1) > limit.view(-1, *[1] * (resid.ndim - 2)))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -146,6 +143,8 @@ class MLSAE(nn.Module):
 
     def rows(self, resid: Tensor, layers: Sequence[int] | None = None) -> list[int]:
         """Positions in `self.layers` of the layers that `resid`'s first axis holds."""
+        if resid.shape[-1] != self.config.d_model:
+            raise ConfigError("resid", f"vectors have {resid.shape[-1]} entries; this SAE needs {self.config.d_model}")
         if self.config.layers is None and layers is None:
             return list(range(resid.shape[0]))
         named = self.layers if layers is None else layers
@@ -157,8 +156,6 @@ class MLSAE(nn.Module):
                 f"holds {resid.shape[0]} layers where {len(named)} are expected; this SAE reads layers "
                 f"{_listed(self.layers)}: use lm.resid(tokens, layers=sae.layers)",
             )
-        if resid.shape[-1] != self.config.d_model:
-            raise ConfigError("resid", f"vectors have {resid.shape[-1]} entries; this SAE needs {self.config.d_model}")
         return [self.layers.index(layer) for layer in named]
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -169,18 +166,29 @@ class MLSAE(nn.Module):
         files.write_json(Path(directory) / CONFIG_FILE, self.config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, id_or_dir: str | Path, *, revision: str | None = None, device: str | None = None) -> Self:
+    def from_pretrained(cls, id_or_dir: str | Path, *, revision: str | None = None, device: str | None = None) -> "MLSAE":
         """The SAE in a folder, a run directory or a Hub repository.
 
         Raises ModelError if it is not there, not whole, not finite or not ours.
         """
         directory = _find(id_or_dir, revision)
-        sae = cls(MLSAEConfig(**files.read_json(directory / CONFIG_FILE)))
-        shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-        tensors = files.load_tensors(directory / WEIGHTS_FILE, shapes)
+        with torch.device("meta"):  # sizes before bytes: nothing is allocated for a config that the file does not bear out
+            sae = cls(_read_config(directory / CONFIG_FILE))
+        expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in sae.state_dict().items()}
+        tensors = files.load_tensors(directory / WEIGHTS_FILE, expected)
         _refuse_nonfinite(tensors, directory)
-        sae.load_state_dict(tensors)
-        return sae.to(device) if device else sae
+        sae.load_state_dict(tensors, assign=True)
+        return sae.requires_grad_().to(device or "cpu")
+
+
+def _read_config(path: Path) -> MLSAEConfig:
+    """The config in a file that must hold every key: one left out would be guessed."""
+    values = files.read_json(path)
+    if not isinstance(values, dict):
+        raise ModelError(str(path), "holds no mapping of keys; name a folder that save_pretrained wrote")
+    if missing := [key for key in MLSAEConfig.model_fields if key not in values]:
+        raise ModelError(str(path), f"key '{missing[0]}' is missing; the file is not whole")
+    return MLSAEConfig(**values)
 
 
 def _find(id_or_dir: str | Path, revision: str | None) -> Path:
@@ -201,7 +209,8 @@ def _find(id_or_dir: str | Path, revision: str | None) -> Path:
 
 def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
     for name, tensor in tensors.items():
-        if name != "norm_limit" and not tensor.isfinite().all():
+        finite = tensor > 0 if name == "norm_limit" else tensor.isfinite()  # a limit may be infinite: off
+        if not finite.all():
             raise ModelError(str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint")
 
 

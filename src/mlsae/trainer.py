@@ -1,8 +1,9 @@
 """One optimizer step on residual vectors you bring. `train` is the loop around it."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from mlsae.initial import initialise
 from mlsae.sae import MLSAE, Code
 
 WEIGHTS = ("W_enc", "W_dec", "b_pre")
+MAX_OVERFLOWS = 20
+"""Steps in a row that float16 may skip because a gradient overflowed."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,22 @@ class Trainer:
         self.variance: Float[Tensor, " layer"] | None = None
         self.quiet = torch.zeros(n_latents, dtype=torch.int64, device=sae.W_enc.device)
         """Tokens (lawson2024: forward passes) since each latent was last active, at any layer."""
+        self._quiet_before = self.quiet
         self.steps = 0
         self.tokens = 0
+        self.overflows = 0
+        """float16 steps skipped in a row."""
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def initialise(self, batches: Any) -> None:
-        """Fit the SAE to a sample: `batches` yields vectors `[layer, token, d_model]`, of which `init_tokens` are used."""
+    def initialise(self, batches: Iterable[Float[Tensor, "layer _ d_model"]]) -> Float[Tensor, " layer"]:
+        """Fit the SAE to a sample, of which `init_tokens` are used; returns each layer's variance."""
         batches = iter(batches)
         first = next(batches)
         if self.sae.config.layers is None:
             self.sae.set_layers(first.shape[0])
-        sample = _chain(first, batches)
+        sample = itertools.chain([first], batches)
         self.variance = initialise(self.sae, sample, self.config.init_tokens, self.rules).to(self.sae.W_enc)
+        return self.variance
 
     def step(self, resid: Float[Tensor, "layer token d_model"]) -> StepReport:
         """One optimizer step on these vectors, weighing every token alike."""
@@ -115,21 +122,20 @@ class Trainer:
 
     def accumulate(self, resid: Float[Tensor, "layer token d_model"]) -> None:
         """Add one micro-batch to the gradient of the coming step."""
-        if self.variance is None:
-            self.initialise([resid])
+        variance = self.variance if self.variance is not None else self.initialise([resid])
         if resid.shape[1] == 0:
             return
         with self._autocast():
             code, recon = self.sae(resid)
         self.tick(code, resid.shape[1])
-        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, recon, self.variance)
+        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, recon, variance)
         aux = losses.AUX[self.rules.aux](self.sae, resid, code, recon, self.dead(), self.k_aux)
         loss = per_layer.mean() + self.config.aux_coef * aux
         self.scaler.scale(loss * resid.shape[1]).backward()
         if self.rules.normalize == "each_micro_batch":  # defect D7
             self.sae.normalize_decoder_()
             self._project_gradient()
-        fvu = losses.per_dimension(resid, recon.detach(), self.variance)
+        fvu = losses.per_dimension(resid, recon.detach(), variance)
         self._parts.append((resid.shape[1], loss.detach(), aux.detach(), fvu))
 
     def update(self) -> StepReport:
@@ -142,11 +148,16 @@ class Trainer:
             _grad(weight).div_(n_tokens)
         if self.rules.normalize == "after_step":
             self._project_gradient()
-        grad_norm = self._finite_norm()
+        try:
+            grad_norm = self._finite_norm()
+        except NumericsError:
+            self._abandon()
+            raise
         lr = self._schedule()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._quiet_before = self.quiet
         if self.rules.normalize == "after_step":
             self.sae.normalize_decoder_()
         self.steps += 1
@@ -180,10 +191,19 @@ class Trainer:
             if not math.isfinite(norm) and self.precision != "float16":
                 raise NumericsError(f"gradient of {name}", f"{norm} at step {self.steps + 1}; lower lr or set clip_grad_norm")
         norm = math.hypot(*norms.values())
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if self.overflows == MAX_OVERFLOWS:
+            raise NumericsError("gradient", f"{MAX_OVERFLOWS} float16 overflows in a row; use --precision bfloat16 or float32")
         if self.config.clip_grad_norm is not None and norm > self.config.clip_grad_norm:
             for weight in self._weights():
                 _grad(weight).mul_(self.config.clip_grad_norm / norm)
         return norm
+
+    def _abandon(self) -> None:
+        """Forget the step in progress."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._parts = []
+        self.quiet = self._quiet_before
 
     def _schedule(self) -> float:
         """Set and return this step's learning rate: linear warm-up, constant, linear decay."""
@@ -192,7 +212,7 @@ class Trainer:
             warmup = _given(self.config.warmup_fraction, self.rules.warmup_fraction) * self.n_steps
             decay = _given(self.config.decay_fraction, self.rules.decay_fraction) * self.n_steps
             factor = min(1.0, (self.steps + 1) / warmup if warmup else 1.0)
-            factor = min(factor, (self.n_steps - self.steps) / decay if decay else 1.0)
+            factor = min(factor, max(0.0, self.n_steps - self.steps) / decay if decay else 1.0)
         lr = self.peak_lr * factor
         self.optimizer.param_groups[0]["lr"] = lr
         return lr
@@ -227,7 +247,7 @@ class Trainer:
     # ---- what a resumed run needs --------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the SAE: moments, variances, quiet times, counters, as tensors."""
+        """Everything but the SAE: moments, variances, quiet times, counters. Live tensors: copy them to keep this moment."""
         state = {"quiet": self.quiet, "counters": torch.tensor([self.steps, self.tokens])}
         if self.variance is not None:
             state["variance"] = self.variance
@@ -241,7 +261,7 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state()` gave."""
-        self.quiet = state["quiet"].to(self.quiet)
+        self.quiet = self._quiet_before = state["quiet"].to(self.quiet)
         self.steps, self.tokens = state["counters"].tolist()
         self.variance = state["variance"].to(self.sae.W_enc) if "variance" in state else None
         for name in WEIGHTS:
@@ -260,8 +280,3 @@ def _grad(weight: Tensor) -> Tensor:
 def _given(*values: Any) -> Any:
     """The first value that is not None: 0 is a value."""
     return next(value for value in values if value is not None)
-
-
-def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from rest

@@ -1,0 +1,213 @@
+"""A Hugging Face model's files, found and loaded without running code from them or reading a pickle.
+
+transformers never sees a config.json that was not walked first; what the Hub answers becomes one sentence.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+from mlsae.config import LMShape
+from mlsae.errors import ModelError, did_you_mean, printable
+from mlsae.files import read_json
+
+_PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")
+_WELL_KNOWN = (
+    *(f"EleutherAI/pythia-{size}{data}" for size in _PYTHIA_SIZES for data in ("", "-deduped")),
+    *("gpt2", "gpt2-medium", "openai-community/gpt2", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M"),
+    *("Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B", "google/gemma-2-2b", "google/gemma-3-1b-pt", "facebook/opt-125m"),
+    *("meta-llama/Llama-3.2-1B", "mistralai/Mistral-7B-v0.1", "bigscience/bloom-560m", "allenai/OLMo-2-0425-1B"),
+)
+SUPPORTED = "models built like GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma, Phi, OPT, BLOOM or Falcon are supported"
+_ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
+_INERT_KEYS = (
+    *("_name_or_path", "_model_name_or_path", "_commit_hash", "_num_labels", "_sliding_window_pattern"),
+    *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_from_model_config"),
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are."""
+
+    name: str
+    config: Path
+    revision: str | None
+    """Commit on the Hub, if known."""
+    local_only: bool
+    """A folder, or a Hub that cannot be reached: only what is on this disk."""
+
+
+def locate(name: str, revision: str | None) -> Source:
+    """Find the config in a folder, on the Hub or, where that cannot be reached, in its cache."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return _locate_on_hub(name, revision)
+    _check_files(name, [path.name for path in folder.iterdir()])
+    return Source(str(folder), folder / "config.json", None, local_only=True)
+
+
+def _locate_on_hub(name: str, revision: str | None) -> Source:
+    unreachable = None
+    with _hub_errors(name, revision):
+        try:
+            info = HfApi().model_info(name, revision=revision, timeout=10)
+            _check_files(name, [file.rfilename for file in info.siblings or []])
+            revision = info.sha
+        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, ModelError):
+            raise
+        except Exception as error:  # no network, a proxy, a busy server: types differ between versions of the client
+            unreachable = error
+        try:
+            local = unreachable is not None
+            config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local))
+        except LocalEntryNotFoundError as error:
+            raise _not_cached(name, unreachable or error) from error
+    commit = config.parent.name if config.parent.parent.name == "snapshots" else revision
+    return Source(name, config, commit, local_only=local)
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Answers of the Hub as the one sentence a user can act on; their own text may quote a token, so it is left out."""
+    name = printable(name)
+    login = "run 'hf auth login'"
+    try:
+        yield
+    except GatedRepoError:
+        raise ModelError("model", f"'{name}' is gated; ask for access on huggingface.co/{name} and {login}") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        hint = did_you_mean(name, _WELL_KNOWN) or f"; check the name, or {login} if it is private"
+        raise ModelError("model", f"'{name}' not found on the Hub or as a folder{hint}") from None
+    except RevisionNotFoundError:
+        raise ModelError("model", f"'{name}' has no revision '{revision}'; name a branch, tag or commit") from None
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        raise ModelError("model", f"'{name}' cannot be read from the Hub ({type(error).__name__}); try again") from None
+
+
+def _not_cached(name: str, unreachable: Exception) -> ModelError:
+    offline = isinstance(unreachable, OfflineModeIsEnabled)
+    why = "offline mode is on" if offline else f"the Hub cannot be reached ({type(unreachable).__name__})"
+    return ModelError("model", f"'{name}' is not in the local cache and {why}; run 'hf download {name}' while online")
+
+
+def _check_files(name: str, files: Sequence[str]) -> None:
+    name = printable(name)
+    if "config.json" not in files:
+        raise ModelError("model", f"'{name}' has no config.json; name a language model in Hugging Face format")
+    if not any(file.endswith(".safetensors") for file in files):
+        raise ModelError("model", f"'{name}' has no safetensors weights; see 'mlsae convert'")
+
+
+def read_config(source: Source) -> Any:
+    """The Hugging Face config of a causal language model, built from a file that was walked first."""
+    name, found = printable(source.name), read_json(source.config)
+    found = found if isinstance(found, dict) else {}
+    values = _walked(found, name)
+    model_type = str(values.pop("model_type", ""))
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in found:
+            raise ModelError("model", f"'{name}' needs code from its repository; not supported")
+        raise ModelError("model", f"'{name}' is of type '{printable(model_type)}', unknown to transformers; {SUPPORTED}")
+    if "auto_map" in found:  # transformers knows the architecture itself
+        _log.warning("model: '%s' ships its own code, which is not used", name)
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ModelError("model", f"'{name}' has an unusable config.json ({printable(str(error))})") from error
+    _check_causal(name, config)
+    return config
+
+
+def _walked(value: Any, name: str) -> Any:
+    """A config without the keys that choose code; a key that could load code, at any depth, is refused."""
+    if isinstance(value, list):
+        return [_walked(item, name) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for key, item in value.items():
+        attention = "attn_implementation" in key and (isinstance(item, dict) or item not in _ATTENTION)
+        private = key.startswith("_") and item and key not in _INERT_KEYS
+        if key in ("trust_remote_code", "quantization_config") or attention or private:
+            raise ModelError("model", f"'{name}' has '{printable(key)}' in its config.json; not supported")
+    chosen_by_us = ("auto_map", *(key for key in value if key.startswith("_") or "attn_implementation" in key))
+    return {key: _walked(item, name) for key, item in value.items() if key not in chosen_by_us}
+
+
+def _check_causal(name: str, config: Any) -> None:
+    """The class that wrote the weights must be its type's causal class: BERT's type has one too, but few are of it."""
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    written_by = config.architectures or []
+    if causal is None or config.is_encoder_decoder or (written_by and causal.__name__ not in written_by):
+        raise not_causal(name, str(written_by[0]) if written_by else type(config).__name__)
+
+
+def not_causal(name: str, kind: str) -> ModelError:
+    return ModelError("model", f"'{printable(name)}' is {printable(kind)}, not a causal language model; {SUPPORTED}")
+
+
+def shape_of(name: str, config: Any) -> LMShape:
+    text = config.get_text_config()
+    n_layers, d_model = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
+    if not (isinstance(n_layers, int) and isinstance(d_model, int) and n_layers > 0 and d_model > 0):
+        raise ModelError("model", f"'{printable(name)}' does not say how many layers of what width it has; {SUPPORTED}")
+    limit = getattr(text, "max_position_embeddings", None)  # none where positions are a bias on attention (BLOOM)
+    return LMShape(name=name, n_layers=n_layers, d_model=d_model, context_length=limit or None)
+
+
+def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
+    """The Hugging Face model, every weight of it from the file and every weight of the file in it."""
+    name = printable(source.name)
+    auto: Any = AutoModelForCausalLM  # its annotations know nothing of the loading info
+    try:
+        hf, info = auto.from_pretrained(
+            source.name,
+            config=config,
+            revision=source.revision or "main",
+            local_files_only=source.local_only,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None):
+            raise  # this machine's fault, not the model's
+        raise ModelError("model", f"'{name}' cannot be loaded ({printable(str(error))[:300]})") from error
+    for kind in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, info[f"{kind}_keys"])):
+            raise ModelError("model", f"'{name}' has {len(keys)} {kind} weights, such as {printable(keys[0])}")
+    return hf
+
+
+def load_tokenizer(source: Source) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.name,
+            revision=source.revision or "main",
+            local_files_only=source.local_only,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # each tokenizer class fails in its own way
+        problem = f"'{printable(source.name)}' has no usable tokenizer ({printable(str(error))[:300]})"
+        raise ModelError("model", problem) from error
