@@ -81,7 +81,8 @@ class Recipe:
     """None: 10,000,000 tokens, or a tenth of the run if that is less."""
     micro_batch: int | None
     """Sequences in one forward pass; None: as many as make about 8,192 tokens."""
-    validate_every_steps: int | None
+    validate_every_forwards: int | None
+    """Training forward passes between validations; None: never."""
     cuda_precision: PrecisionName
 
 
@@ -105,7 +106,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         decay_fraction=0.2,
         dead_after_tokens=None,
         micro_batch=None,
-        validate_every_steps=None,
+        validate_every_forwards=None,
         cuda_precision="bfloat16",
     ),
     "lawson2024": Recipe(
@@ -127,7 +128,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         decay_fraction=0.0,
         dead_after_tokens=10_000_000,
         micro_batch=1,
-        validate_every_steps=64,
+        validate_every_forwards=4096,
         cuda_precision="float16",
     ),
 }
@@ -170,10 +171,8 @@ class DictionaryFields(Config):
 
     @model_validator(mode="after")
     def _layers_and_groups(self: C) -> C:
-        if self.layers is not None:
-            check_layers(self.layers)
-            if self.groups > len(self.layers):
-                raise ConfigError("groups", f"{self.groups} exceeds the {len(self.layers)} layers; lower it")
+        if self.layers is not None and self.groups > len(self.layers):
+            raise ConfigError("groups", f"{self.groups} exceeds the {len(self.layers)} layers; lower it")
         return self
 
 
@@ -200,6 +199,8 @@ class MLSAEConfig(DictionaryFields):
     """Language model the SAE reads: Hub id or folder."""
     lm_revision: str | None = None
     """Commit of the language model, if known."""
+    separator_token: str | None = None
+    """Token between documents; None: the tokenizer's end of sequence."""
     data: str | None = None
     """Text it was trained on: evaluation on the same text keeps to its held-out part."""
     tokenizer_fingerprint: str | None = None
@@ -232,7 +233,9 @@ class MLSAEConfig(DictionaryFields):
         return {**values, "n_latents": n_latents, "expansion_factor": n_latents / groups / d_model}
 
     @model_validator(mode="after")
-    def _k_fits(self: C) -> C:
+    def _k_and_layers_fit(self: C) -> C:
+        if self.layers is not None:
+            check_layers(self.layers)
         n_latents = self.n_latents // self.groups
         if self.k > n_latents:
             raise ConfigError(
@@ -300,8 +303,8 @@ class TrainerConfig(Config):
         return RECIPES[self.recipe]
 
 
-class TrainConfig(TrainerConfig, DictionaryFields):
-    """What `train` needs to know. A field that is None is filled in at the start and written to RUN/config.json."""
+class Materials(Config):
+    """What no training run can do without."""
 
     lm: str
     """Language model to read: a Hugging Face id or a folder."""
@@ -311,6 +314,11 @@ class TrainConfig(TrainerConfig, DictionaryFields):
     """Run directory to write."""
     tokens: Positive = 100_000_000
     """Tokens to train on; past the end of the text it starts again, in a new order."""
+
+
+class TrainConfig(TrainerConfig, DictionaryFields, Materials):
+    """What `train` needs to know. A field that is None is filled in at the start and written to RUN/config.json."""
+
     expansion_factor: Annotated[float, Field(gt=0)] | None = None
     """Latents of one dictionary as a multiple of d_model; None: 16."""
     n_latents: Positive | None = None
@@ -352,7 +360,7 @@ class TrainConfig(TrainerConfig, DictionaryFields):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints to keep."""
     validate_every_steps: Positive | None = None
-    """Steps between validations on held-out text; None: never, lawson2024 64."""
+    """Steps between validations on held-out text; None: never, lawson2024 every 4,096 forward passes."""
     validation_sequences: Positive = 512
     """Sequences in one validation."""
     log_to: Literal["wandb", "trackio", "tensorboard"] | None = None
@@ -409,7 +417,7 @@ def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
         k_aux=_first(config.k_aux, min(256, sae.n_latents)),
         log_every_steps=_first(config.log_every_steps, max(1, n_steps // 200)),
         save_every_steps=_first(config.save_every_steps, max(1, n_steps // 10)),
-        validate_every_steps=_first(config.validate_every_steps, rules.validate_every_steps),
+        validate_every_steps=_first(config.validate_every_steps, rules.validate_every_forwards and max(1, rules.validate_every_forwards // accumulation)),
     )
     _check_resolved(resolved, step_tokens)
     return resolved
@@ -433,6 +441,7 @@ def sae_config(config: TrainConfig, lm: LMShape) -> MLSAEConfig:
         special_tokens=rules.special_tokens,
         recipe=config.recipe,
         lm=lm.name,
+        separator_token=config.separator_token,
         data=config.data,
     )
 

@@ -95,7 +95,7 @@ def open_pair(sae: MLSAE | str | Path, lm: LanguageModel | str | Path) -> tuple[
     if not isinstance(sae, MLSAE):
         sae = MLSAE.from_pretrained(sae)
     if not isinstance(lm, LanguageModel):
-        lm = LanguageModel.from_pretrained(lm)
+        lm = LanguageModel.from_pretrained(lm, separator_token=sae.config.separator_token)
     check_pair(lm, sae)
     return sae.to(lm.device).eval(), lm
 

@@ -366,3 +366,9 @@ _PlainYaml.add_implicit_resolver(
 )
 
 
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -17,8 +17,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from mlsae import files
@@ -104,6 +105,9 @@ def rendered(figure: Figure, kind: str) -> bytes:
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            figure.draw_without_rendering()  # laid out once: that is slow, and every kind of file is to look the same
+            figure.set_layout_engine("none")
         figure.savefig(buffer, format=kind, metadata=undated)
     return buffer.getvalue()
 
@@ -113,9 +117,9 @@ def pictures(
 ) -> list[Picture]:
     """Every figure that these numbers allow, in the order of a report; `evaluation` is an Evaluation.to_dict()."""
     return [
-        *([training(metrics)] if metrics else []),
-        *([quality(evaluation)] if evaluation else []),
-        *(picture for draw in FIGURES if (picture := draw(analysis)) is not None),
+        picture
+        for picture in (training(metrics), quality(evaluation) if evaluation else None, *(f(analysis) for f in FIGURES))
+        if picture is not None
     ]
 
 
@@ -188,10 +192,10 @@ def prompt_heatmap(analysis: Analysis) -> Picture | None:
     order = by_depth(centre, mass.amax(0) > PROMPT_THRESHOLD)
     if not len(order):
         return None
-    text = prompt_text(prompt)
+    text = _shortened(prompt_text(prompt), 1000)
     total, columns = mass.sum(0)[order], probability[:, order]
     figure, shown = _heatmap(columns, total, analysis.layers, "summed\nactivation")
-    figure.suptitle(drawable(text if len(text) <= 100 else text[:99] + "…"), x=0.01, ha="left", fontsize=9)
+    figure.suptitle(drawable(_shortened(text, 100)), x=0.01, ha="left", fontsize=9)
     caption = (
         f"The same for the latents that one prompt activates{_averaged(columns, shown)}, sorted by their centre of "
         "mass on it. The strip is each latent's activation summed over the prompt. Positions in ⟦brackets⟧ are "
@@ -240,7 +244,11 @@ def prompt_positions(analysis: Analysis) -> Picture | None:
         "tokens": prompt.tokens,
         "visible": prompt.visible.tolist(),
         "layers": list(analysis.layers),
-        "largest": {"layer": analysis.layers[layer], "token": prompt.tokens[position]},
+        "largest": {
+            "layer": analysis.layers[layer],
+            "token": prompt.tokens[position],
+            "activation": float(seen[layer, position]),
+        },
         "median": float(np.nanmedian(seen)),
         "activation": prompt.by_position,
     }
@@ -281,6 +289,10 @@ def _strip(axes: Axes, values: np.ndarray, label: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(_power))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", length=0, labelbottom=False)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _averaged(columns: Tensor, shown: Tensor) -> str:
@@ -353,9 +365,9 @@ def spread(analysis: Analysis) -> Picture | None:
 def _shares(axes: Axes, shares: np.ndarray, mean: float, colour: str, title: str, xlabel: str, ylabel: str) -> None:
     axes.bar(np.arange(1, len(shares) + 1), shares, color=colour, width=0.85)
     axes.axvline(mean, color=INK, linewidth=1, linestyle="--")
-    right = mean < (len(shares) + 1) / 2
-    place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "left" if right else "right"}
-    axes.annotate(f"mean {mean:.3g}", (mean, 0.94), (5 if right else -5, 0), fontsize=8, **place)
+    side, shift = ("left", 5) if mean < (len(shares) + 1) / 2 else ("right", -5)
+    place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": side}
+    axes.annotate(f"mean {_digits(mean)}", (mean, 0.94), (shift, 0), fontsize=8, **place)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
     axes.yaxis.set_tick_params(labelleft=True)
@@ -375,7 +387,7 @@ def variance(analysis: Analysis) -> Picture | None:
     axes = figure.subplots()
     for row, weight in enumerate(WEIGHTS):
         _stacked_bar(axes, row, [getattr(split[weight], part) / split[weight].total for part in PARTS])
-        axes.text(1.01, row, f"{split[weight].total:.3g} layers²", va="center", fontsize=8)
+        axes.text(1.01, row, f"{_digits(split[weight].total)} layers²", va="center", fontsize=8)
     axes.set_yticks(range(len(WEIGHTS)), [f"by {weight}" for weight in WEIGHTS])
     axes.set(ylim=(len(WEIGHTS) - 0.5, -0.5), xlim=(0, 1), xlabel="share of the layer's variance (its value: right)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f} %"))
@@ -466,7 +478,7 @@ def quality(evaluation: Mapping[str, Any]) -> Picture:
     for axes in rest:
         curves["delta_ce"] = _column(rows, "delta_ce")
         _draw_delta_ce(axes, curves["delta_ce"], layers, _plain(evaluation["all_layers"].get("delta_ce")))
-        caption += " Right: how much cross-entropy rises when a layer, or every layer, is replaced by its reconstruction."
+        caption += " Right: the rise in cross-entropy when a layer, or every layer, is replaced by its reconstruction."
     data = {"layers": layers, **curves, "all_layers": dict(evaluation["all_layers"])}
     return Picture("quality", "Quality at each layer", caption, figure, data)
 
@@ -474,17 +486,21 @@ def quality(evaluation: Mapping[str, Any]) -> Picture:
 def _draw_delta_ce(axes: Axes, values: list[float], layers: Sequence[int], together: float) -> None:
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.plot(values, "o-", color=BLUE)
-    axes.axhline(together, color=VERMILION, linestyle="--", linewidth=1.2)
-    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-    axes.annotate(f"all layers at once: {together:.3g}", (0.02, together), (0, 4), color=VERMILION, fontsize=8, **place)
+    if np.isfinite(together):
+        axes.axhline(together, color=VERMILION, linestyle="--", linewidth=1.2)
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"all layers at once: {_digits(together)}", (0.02, together), (0, 4), color=VERMILION, **place)
     axes.margins(y=0.15)
     _layer_axis(axes.xaxis, layers)
     axes.set_ylabel("Δ cross-entropy (nats per token)")
 
 
 @styled
-def training(metrics: Sequence[Mapping[str, Any]]) -> Picture:
-    """FVU and dead latents over the tokens seen in training."""
+def training(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """FVU and dead latents over the tokens seen in training; None without records."""
+    metrics = [row for row in metrics if row.get("fvu") is not None]
+    if not metrics:
+        return None
     tokens, fvu, dead = (np.array(_column(metrics, name)) for name in ("tokens", "fvu", "dead_fraction"))
     figure = _figure(3.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -496,22 +512,23 @@ def training(metrics: Sequence[Mapping[str, Any]]) -> Picture:
     if held_out:
         above.plot(*zip(*held_out, strict=True), "o", color=VERMILION, label="held-out text")
         above.legend()
-    if np.nanmax(fvu) > 8 * np.nanmin(fvu) > 0:
+    if fvu.max() > 8 * fvu.min() > 0:
         above.set_yscale("log")
         _plain_log(above)
     else:
         above.set_ylim(0, None)
-    above.set_ylabel("FVU")
+    above.set_ylabel("FVU (mean over layers)")
     below.plot(binned(tokens, MAX_COLUMNS), binned(dead, MAX_COLUMNS), color=ORANGE)
-    below.set(ylabel="dead latents", xlabel="tokens seen in training", ylim=(0, None if np.nanmax(dead) > 0 else 0.1))
+    below.set(ylabel="dead latents", xlabel="tokens seen in training")
+    below.set_ylim(0, None if np.nan_to_num(dead).max() > 0 else 0.1)
     below.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     below.xaxis.set_major_formatter(FuncFormatter(_short))
     figure.align_ylabels()
     caption = (
-        f"Fraction of variance unexplained, mean over layers: thin, each report; bold, the mean of {window} "
-        "of them. Below, the share of latents that have not been active for long."
+        f"Fraction of variance unexplained: thin, each report; bold, the mean of {window} of them. Below, the share "
+        "of latents that have not been active for long."
     )
-    ends = {"first_fvu": float(fvu[0]), "last_fvu": float(smooth[-1])}
+    ends = {"first_fvu": float(fvu[0]), "last_fvu": float(smooth[-1]), "window": window}
     series = {"tokens": tokens.tolist(), "fvu": fvu.tolist(), "dead_fraction": dead.tolist()}
     data = {**ends, **series, "validation_fvu": held_out}
     return Picture("training", "Training", caption, figure, data)
@@ -558,18 +575,23 @@ def _direct_label(axes: Axes, lines: Sequence[tuple[str, Sequence[float], str]])
     """The name of each line right of its last point, the higher line's a little higher."""
     top = max(values[-1] for _, values, _ in lines)
     for name, values, colour in lines:
+        if not np.isfinite(values[-1]):
+            continue
         place: dict[str, Any] = {"textcoords": "offset points", "va": "bottom" if values[-1] == top else "top"}
         axes.annotate(name, (len(values) - 1, values[-1]), (6, 0), color=colour, fontsize=8, **place)
 
 
 def _plain_log(axes: Axes) -> None:
+    """A log axis with plain numbers, at 1, 2 and 5 where it spans few decades."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _digits(value: float) -> str:
     """Three significant digits, or a dash where there is no number."""
-    return f"{value:.3g}" if np.isfinite(value) else "–"
+    return f"{value:#.3g}".rstrip(".") if np.isfinite(value) else "–"
 
 
 def _power(value: float, _: object = None) -> str:

@@ -24,11 +24,13 @@ COLUMNS = {
     "norm_ratio": "norm ratio",
     "l0": "L0",
     "l1": "L1",
-    "unused_fraction": "unused latents",
+    "unused_fraction": "unused",
     "delta_ce": "ΔCE",
     "kl": "KL",
 }
 """Metrics of a layer, in the order of the tables, with their headings."""
+DECIMALS = {"fvu": 3, "cosine": 3, "norm_ratio": 3, "l0": 1, "l1": 1, "delta_ce": 3, "kl": 3}
+"""Places after the point in a table, so that points stand below each other; the others have significant digits."""
 SHORT_COLUMNS = ("fvu", "cosine", "l0", "delta_ce", "kl")
 """Those of the terminal's table."""
 MAX_ROWS = 12
@@ -48,15 +50,15 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Write one self-contained HTML file, and each figure beside it in figures/; returns the paths, the report's first.
+    """Write one self-contained HTML file, and figures/ beside it; returns the paths, the report first.
 
     Args:
-        run: the fields of the training config and of `Run.to_dict()` in one mapping; those that are absent are left out.
+        run: the fields of the training config and of `Run.to_dict()` in one mapping; absent ones are left out.
         metrics: the records of metrics.jsonl.
         notes: sentences to print under the title.
     """
     path = Path(path)
-    measured = as_dict(evaluation)
+    measured = None if evaluation is None else as_dict(evaluation)
     drawn = pictures(analysis, measured, metrics)
     page = _environment().get_template("report.html.j2").render(
         title=title,
@@ -76,16 +78,15 @@ def write_report(
 
 def plain_table(evaluation: Evaluation | Mapping[str, Any]) -> str:
     """The quality of at most MAX_ROWS layers, of their mean and of all layers replaced at once, in fixed-width text."""
-    measured = as_dict(evaluation) or {}
+    measured = as_dict(evaluation)
     layers = measured["layers"]
     columns = [name for name in SHORT_COLUMNS if name in layers[0]]
-    rows = [["layer", *(COLUMNS[name] for name in columns)]]
-    for label, row in [*((number(row["layer"]), row) for row in thinned(layers)), ("mean", measured["mean"])]:
-        rows.append([label, *(number(row.get(name)) for name in columns)])
-    if measured["all_layers"]:
-        rows.append(["all", *(number(measured["all_layers"].get(name)) if name in measured["all_layers"] else "" for name in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rows = [(number(row["layer"]), row) for row in thinned(layers)] + [("mean", measured["mean"])]
+    rows += [("all", measured["all_layers"])] if measured["all_layers"] else []
+    cells = [["layer", *(COLUMNS[name] for name in columns)]]
+    cells += [[label, *(_cell(name, row) for name in columns)] for label, row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     if len(layers) > MAX_ROWS:
         lines.append(f"({MAX_ROWS} of {len(layers)} layers shown; the mean is over all of them)")
     return "\n".join(lines)
@@ -101,7 +102,7 @@ def thinned(rows: Sequence[Any]) -> list[Any]:
 # ---- what the page holds -------------------------------------------------------------------------------------------
 
 
-def as_dict(evaluation: Evaluation | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def as_dict(evaluation: Evaluation | Mapping[str, Any]) -> Mapping[str, Any]:
     """The names of evaluation.json, whichever form they came in."""
     return evaluation.to_dict() if isinstance(evaluation, Evaluation) else evaluation
 
@@ -109,27 +110,38 @@ def as_dict(evaluation: Evaluation | Mapping[str, Any] | None) -> Mapping[str, A
 def trained(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was trained, as label and words; a row whose numbers are absent is left out."""
     layers = run.get("layers") or []
-    masks = {
-        "special tokens": run.get("mask_special_tokens"),
-        "the first position": run.get("mask_first_position"),
-        f"vectors over {number(run.get('mask_norm_factor'))} × the median norm": run.get("mask_norm_factor"),
-    }
     rows = {
         "Language model": run.get("lm"),
         "Text": run.get("data"),
         "Layers": f"{', '.join(map(str, layers))} ({len(layers)} in all)" if layers else None,
         "Latents": _some(run.get("n_latents"), number),
-        "Active per vector": _some(run.get("k"), lambda k: f"k = {number(k)}"),
+        "Active per vector": _some(run.get("k"), "k = {}".format),
         "Input frame": run.get("frame"),
         "Recipe": run.get("recipe"),
         "Tokens": _some(run.get("tokens"), number),
         "Passes over the text": _some(run.get("passes"), number),
         "Steps": _some(run.get("steps"), number),
         "Time": _some(run.get("seconds"), duration),
-        "Masked": (", ".join(name for name, on in masks.items() if on) or "nothing") if "mask_special_tokens" in run else None,
-        "Left out for their norm": _some(run.get("masked_by_norm"), lambda n: f"{number(sum(n))} vectors, at most {number(max(n))} at one layer"),
+        "Masked": masked(run) if "mask_special_tokens" in run else None,
+        "Masked by norm": _some(run.get("masked_by_norm"), left_out),
     }
     return [(label, str(words)) for label, words in rows.items() if words is not None]
+
+
+def masked(run: Mapping[str, Any]) -> str:
+    """Which positions the SAE was not trained on."""
+    factor = run.get("mask_norm_factor")
+    kinds = {
+        "special tokens": run.get("mask_special_tokens"),
+        "the first position": run.get("mask_first_position"),
+        f"vectors over {number(factor)} × their layer's median norm": factor,
+    }
+    return ", ".join(name for name, on in kinds.items() if on) or "nothing"
+
+
+def left_out(vectors: Sequence[int]) -> str:
+    """How many vectors were left out for their norm, given the number at each layer."""
+    return f"{number(sum(vectors))} vectors, at most {number(max(vectors))} at one layer" if any(vectors) else "none"
 
 
 def table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,35 +153,33 @@ def table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     rows = [(number(row["layer"]), row, other) for row, other in pairs]
     rows += [("mean", evaluation["mean"], published.get("mean", {}))]
     rows += [("all at once", evaluation["all_layers"], {})] if evaluation["all_layers"] else []
-    cells = [
-        [label, *(_cell(name, row) for name in ours), *(_cell(name, other) for name in theirs)] for label, row, other in rows
-    ]
+    cells = [[a, *(_cell(name, b) for name in ours), *(_cell(name, c) for name in theirs)] for a, b, c in rows]
     return {"ours": [COLUMNS[name] for name in ours], "theirs": [COLUMNS[name] for name in theirs], "rows": cells}
 
 
 def extremes(evaluation: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """The layers with the lowest and the highest value of each metric that was measured."""
-    rows = evaluation["layers"]
-    return {
-        name: (min(rows, key=lambda row: plain(row[name])), max(rows, key=lambda row: plain(row[name])))
-        for name in ("fvu", "delta_ce")
-        if name in rows[0]
-    }
+    """The layers with the lowest and the highest value of a metric, where there are two to compare."""
+    found = {}
+    for name in ("fvu", "delta_ce"):
+        rows = [row for row in evaluation["layers"] if math.isfinite(plain(row.get(name)))]
+        if len(rows) > 1:
+            rows.sort(key=lambda row: plain(row[name]))
+            found[name] = rows[0], rows[-1]
+    return found
 
 
 def commands(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What to type next, and what it does; words in capitals are for the reader to fill in."""
     run = run or {}
-    sae, lm, data = (
-        shlex.quote(str(value)) if value else name
-        for value, name in ((run.get("directory") or run.get("out"), "SAE"), (run.get("lm"), "LM"), (run.get("data"), "TEXT"))
-    )
+    folder = run.get("directory") or run.get("out")
+    named = {"SAE": folder, "LM": run.get("lm"), "TEXT": run.get("data")}
+    sae, lm, data = (shlex.quote(str(value)) if value else name for name, value in named.items())
     return [
         ("Look at single latents in a browser", f"mlsae explore {sae}"),
         ("Measure on more text", f"mlsae evaluate {sae} --lm {lm} --data {data} --tokens 1e6"),
         ("Sharpen the figures with more text", f"mlsae analyze {sae} --lm {lm} --data {data} --out DIR --tokens 1e7"),
         ("Use it in another library", f"mlsae convert {sae} DIR --to saelens"),
-        ("Use it in Python", f"sae = mlsae.MLSAE.from_pretrained({str(run.get('directory') or 'SAE')!r})"),
+        ("Use it in Python", f"sae = mlsae.MLSAE.from_pretrained({str(folder or 'SAE')!r})"),
     ]
 
 
@@ -220,7 +230,7 @@ def percent(share: Any) -> str:
     return f"{100 * share:.2g} %" if 0 < share < 0.0995 else f"{100 * share:.{int(0.99 < share < 1)}f} %"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Hours, minutes and seconds, the two largest that matter."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -232,7 +242,11 @@ def duration(seconds: float) -> str:
 def _cell(name: str, row: Mapping[str, Any]) -> str:
     if name not in row:
         return ""
-    return percent(row[name]) if name == "unused_fraction" else number(row[name])
+    if name == "unused_fraction":
+        return percent(row[name])
+    if name in DECIMALS and math.isfinite(plain(row[name])) and not isinstance(row[name], Mapping):
+        return f"{row[name]:,.{DECIMALS[name]}f}".replace("-", "−")
+    return number(row[name])
 
 
 def _some(value: Any, words: Any) -> str | None:
@@ -247,5 +261,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "signed": signed, "plain": plain, "duration": duration}
+    environment.filters |= {f.__name__: f for f in (number, percent, signed, plain, duration)}
     return environment

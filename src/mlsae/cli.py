@@ -1,0 +1,393 @@
+"""The command line: parse, one call, print. Nothing heavy is imported until a command runs, so --help answers at once."""
+
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+from pydantic import Field
+
+from mlsae.config import Config, Positive, TrainConfig, load_config
+from mlsae.errors import ConfigError, MlsaeError, did_you_mean, printable
+
+Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+
+
+class Output(Config):
+    """What every command can be told about its output."""
+
+    json_: Annotated[str | None, tyro.conf.arg(name="json", metavar="FILE")] = None
+    """Also write the result as JSON to this file; `-` prints it instead of the table."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+class Demo(Output):
+    """The whole story on a real model with no network: train, evaluate, analyze, report."""
+
+    out: str | None = None
+    """Folder to write; None: demo, or demo-2, demo-3 ... if that is taken."""
+    minutes: Annotated[float, Field(gt=0)] = 7.0
+    """Wall time to aim for; it sets how much text is read."""
+
+
+class Train(Output, TrainConfig):
+    """Train one sparse autoencoder on every layer of a language model."""
+
+    config: str | None = None
+    """YAML or JSON file of these same keys; flags win over it."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run directory."""
+
+
+class Reader(Config):
+    """What evaluate and analyze read."""
+
+    sae: Sae
+    """Run directory, SAE folder or Hub id."""
+    lm: str | None = None
+    """Language model; None: the one the SAE was trained on."""
+    data: str | None = None
+    """Text file, folder or Hub dataset; None: the text the SAE was trained on."""
+    split: str | None = None
+    """Part of the data; None: what was held out from training, or all of any other text."""
+    context_length: Positive | None = None
+    """Tokens in a sequence; None: 2048 or the language model's limit."""
+
+
+class Evaluate(Output, Reader):
+    """Measure how good an SAE is on held-out text, layer by layer."""
+
+    tokens: Positive = 1_000_000
+    """Tokens to read."""
+    splice_tokens: Positive | None = None
+    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
+
+
+class Analyze(Output, Reader):
+    """Read the layers of an SAE: where its latents live, as numbers, figures and a report."""
+
+    out: str | None = None
+    """Folder to write; None: analysis in the run directory."""
+    tokens: Positive = 10_000_000
+    """Tokens to read."""
+    prompt: str | None = None
+    """Text of the single-prompt heatmap; None: the paper's."""
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+def run_demo(command: Demo) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae.analysis.report import plain_table
+    from mlsae.demo import demo
+
+    out = command.out or next(name for n in range(1, 1000) if not Path(name := f"demo-{n}" if n > 1 else "demo").exists())
+    result = demo(out, minutes=command.minutes, progress=not command.quiet)
+    run = shlex.quote(result.run.directory)
+    return result, "\n".join(
+        [
+            plain_table(result.evaluation),
+            "",
+            result.outlook,
+            f"{result.seconds / 60:.1f} minutes. Open {result.report}",
+            f"Then look closer: mlsae analyze {run} --tokens 1e5",
+        ]
+    )
+
+
+def run_train(command: Train) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae.train import train
+
+    values = command.model_dump(exclude={"config", "resume", *Output.model_fields})
+    run = train(TrainConfig(**values), resume=command.resume, progress=not command.quiet)
+    return run, (
+        f"{run.steps:,} steps, {run.tokens:,} tokens ({run.passes:.2f} passes) in {run.seconds / 60:.1f} minutes: "
+        f"FVU {run.fvu:.3f}, {run.dead_fraction:.1%} dead\n"
+        f"{run.directory}/sae\nNext: mlsae evaluate {shlex.quote(run.directory)}"
+    )
+
+
+def run_evaluate(command: Evaluate) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae import files
+    from mlsae.analysis.report import plain_table
+    from mlsae.evaluate import evaluate
+
+    sae, lm, data = _named(command)
+    evaluation = evaluate(
+        sae,
+        lm,
+        data,
+        tokens=command.tokens,
+        splice_tokens=command.splice_tokens,
+        split=command.split,
+        context_length=command.context_length,
+        progress=not command.quiet,
+    )
+    lines = [plain_table(evaluation), f"{evaluation.n_tokens:,} tokens, {evaluation.dead_fraction:.1%} dead latents"]
+    if (run := _run_directory(command.sae)) is not None:
+        files.write_json(run / "evaluation.json", evaluation.to_dict())
+        lines += [str(run / "evaluation.json"), f"Next: mlsae analyze {shlex.quote(command.sae)}"]
+    return evaluation, "\n".join(lines)
+
+
+def run_analyze(command: Analyze) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae import files
+    from mlsae.analysis.report import write_report
+    from mlsae.analyze import PROMPT, analyze
+
+    run = _run_directory(command.sae)
+    if command.out is None and run is None:
+        raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
+    out = Path(command.out) if command.out is not None else Path(command.sae) / "analysis"
+    files.probe_writable(out)
+    sae, lm, data = _named(command)
+    analysis = analyze(
+        sae,
+        lm,
+        data,
+        tokens=command.tokens,
+        split=command.split,
+        context_length=command.context_length,
+        prompt=PROMPT if command.prompt is None else command.prompt,
+        progress=not command.quiet,
+    )
+    analysis.save(out)
+    known = {} if run is None else _known(run)
+    report, *_ = write_report(out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known)
+    terms = analysis.statistics.decomposition()
+    return analysis, (
+        f"{analysis.statistics.n_tokens:,} tokens. Of the variance of depth {terms.within / terms.total:.0%} is within a latent "
+        f"on one token, {terms.token / terms.total:.0%} between tokens, {terms.latent / terms.total:.0%} between latents.\n{report}"
+    )
+
+
+def _named(command: Evaluate | Analyze) -> tuple[Any, str, str]:
+    """The SAE, and the language model and text that were named, or else those it was trained with."""
+    from mlsae.sae import MLSAE
+
+    sae = MLSAE.from_pretrained(command.sae)
+    lm = sae.config.lm if command.lm is None else command.lm
+    data = sae.config.data if command.data is None else command.data
+    if lm is None:
+        raise ConfigError("lm", "the SAE does not say what it was trained on; give --lm")
+    if data is None:
+        raise ConfigError("data", "the SAE does not say what it was trained on; give --data")
+    return sae, lm, data
+
+
+def _run_directory(sae: str) -> Path | None:
+    return Path(sae) if (Path(sae) / "sae" / "config.json").is_file() else None
+
+
+def _known(run: Path) -> dict[str, Any]:
+    """What a run directory can add to a report."""
+    from mlsae import files
+
+    metrics, evaluation = run / "metrics.jsonl", run / "evaluation.json"
+    return {
+        "run": files.read_json(run / "config.json"),
+        "evaluation": files.read_json(evaluation) if evaluation.is_file() else None,
+        "metrics": files.read_jsonl(metrics) if metrics.is_file() else [],
+    }
+
+
+COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
+    "demo": (Demo, run_demo),
+    "train": (Train, run_train),
+    "evaluate": (Evaluate, run_evaluate),
+    "analyze": (Analyze, run_analyze),
+}
+HELP = """usage: mlsae COMMAND ...
+
+Train one sparse autoencoder on every layer of a language model, and see where its latents live.
+
+  demo       the whole story on a real model with no network, in minutes
+  train      train an SAE on every layer of a language model
+  evaluate   how good it is on held-out text, layer by layer
+  analyze    where in depth its latents live: numbers, figures, a report
+
+mlsae COMMAND --help says more. Start with: mlsae demo
+"""
+
+
+# ---- parse, call, print ---------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (errors.py lists them)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _set_up_logging()
+    try:
+        return _run(arguments)
+    except MlsaeError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: a bug in mlsae ({type(error).__name__}); please report it with the lines above", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"mlsae {version('mlsae')}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        hint = did_you_mean(arguments[0], COMMANDS) or f"; choose {', '.join(COMMANDS)}"
+        raise ConfigError("command", f"unknown command '{arguments[0]}'{hint}")
+    model, run = COMMANDS[arguments[0]]
+    command: Any = _parse(model, arguments)
+    if command is None:
+        return 0
+    _quiet_libraries()
+    result, text = run(command)
+    if command.json_ == "-":
+        from mlsae.files import finite
+
+        text = json.dumps(finite(result.to_dict()), allow_nan=False, indent=2)
+    elif command.json_ is not None:
+        from mlsae.files import write_json
+
+        write_json(Path(command.json_), result.to_dict())
+    print(text)
+    return 0
+
+
+def _parse(model: type[Config], arguments: list[str]) -> Config | None:
+    """The command's fields from its flags and, for train, its config file; None if help was asked for."""
+    defaults = _file_defaults(model, arguments)
+    if not {"-h", "--help"} & set(arguments):
+        _check_flags(model, arguments, given=set(getattr(defaults, "model_fields_set", ())))
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(
+                model,
+                prog=f"mlsae {arguments[0]}",
+                args=arguments[1:],
+                default=defaults,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)[:2],
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return None
+        raise _usage_error(shown.getvalue(), model, arguments) from None
+
+
+def _file_defaults(model: type[Config], arguments: list[str]) -> Any:
+    """Fields from `--config FILE`, as tyro's defaults: a flag given beside it wins."""
+    if model is not Train or not (paths := _values_of("--config", arguments)):
+        return tyro.MISSING_NONPROP
+    values = load_config(Path(paths[-1]))
+    checked = TrainConfig(**{"lm": "-", "data": "-", "out": "-", **values})
+    fields = {key: getattr(checked, key) for key in values}
+    missing = {key: tyro.MISSING for key in ("lm", "data", "out") if key not in values}
+    return Train.model_construct(**{**fields, **missing})
+
+
+def _values_of(flag: str, arguments: list[str]) -> list[str]:
+    spaced = [after for before, after in zip(arguments, arguments[1:], strict=False) if before == flag]
+    return spaced + [argument.split("=", 1)[1] for argument in arguments if argument.startswith(flag + "=")]
+
+
+def _check_flags(model: type[Config], arguments: list[str], given: set[str]) -> None:
+    """Refuse an unknown flag and a missing one in our own words."""
+    flags = {"--" + name.rstrip("_").replace("_", "-"): field for name, field in model.model_fields.items()}
+    negated = [f"--no-{flag[2:]}" for flag in flags]
+    for argument in arguments[1:]:
+        flag = argument.split("=", 1)[0].replace("_", "-")
+        if flag.startswith("--") and flag not in flags and flag not in negated:
+            raise ConfigError(flag[2:], f"unknown flag '{flag}'{did_you_mean(flag, flags) or f'; see mlsae {arguments[0]} --help'}")
+    present = {argument.split("=", 1)[0].replace("_", "-") for argument in arguments}
+    for flag, field in flags.items():
+        if field.is_required() and flag != "--sae" and flag not in present and flag[2:] not in given:
+            raise ConfigError(flag[2:], f"missing; give {flag}")
+
+
+def _usage_error(shown: str, model: type[Config], arguments: list[str]) -> ConfigError:
+    """What the parser drew in a box about one flag, in one sentence of ours."""
+    text = " ".join(line.strip(" │|╭╮╰╯─") for line in re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())
+    for flag in re.findall(r"--([a-z0-9-]+)", text):
+        name = flag.replace("-", "_")
+        if name in model.model_fields:
+            after = _after(f"--{flag}", arguments)
+            given = " ".join(itertools.takewhile(lambda a: not a.startswith("--"), after)) or "nothing"
+            return ConfigError(name, f"'{given}' given; must be {_allowed(model.model_fields[name].annotation)}")
+    if "sae" in model.model_fields and "Missing" in text:
+        return ConfigError("sae", "missing; name a run directory, an SAE folder or a Hub id")
+    extra = text.partition("Unrecognized options:")[2].split("  ")[0].strip()
+    return ConfigError(arguments[0], f"'{extra}' is not understood; see mlsae {arguments[0]} --help")
+
+
+def _after(flag: str, arguments: list[str]) -> list[str]:
+    return next((arguments[i + 1 :] for i, argument in enumerate(arguments) if argument.replace("_", "-") == flag), [])
+
+
+def _allowed(annotation: Any) -> str:
+    """What a field takes, in words."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, parts))
+    if get_origin(annotation) is tuple:
+        return f"{_allowed(parts[0])}s".removeprefix("a ")
+    if parts:
+        return _allowed(parts[0])
+    return {int: "a whole number", float: "a number"}.get(annotation, "a text")
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return printable(f"{level}{record.getMessage()}")
+
+
+def _set_up_logging() -> None:
+    """Our own messages on stderr, one escaped line each."""
+    logger = logging.getLogger("mlsae")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Plain())
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.WARNING)
+
+
+def _quiet_libraries() -> None:
+    """Bars and advice of libraries that a user of mlsae has no use for."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
