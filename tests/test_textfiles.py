@@ -14,7 +14,7 @@ from mlsae import textfiles
 from mlsae.errors import DataError
 from mlsae.textfiles import SEPARATOR_LINE, rows
 
-DOCUMENTS = ["one fish", "two\nlines, \"quoted\"", "naïve café 🙂", "a longer document " * 20, "last"]
+DOCUMENTS = ["one fish", 'two\nlines, "quoted"', "naïve café 🙂", "a longer document " * 20, "last"]
 
 
 def jsonl(documents: list[str]) -> bytes:

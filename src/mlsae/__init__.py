@@ -79,8 +79,6 @@ _MODULES = {
 }
 
 
-
-
 class _Package(ModuleType):
     """The package, in which the functions `train`, `evaluate` and `analyze` are not hidden by the files they live in."""
 

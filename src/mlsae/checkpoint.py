@@ -1,6 +1,7 @@
 """A run directory: its lock, its config, and its checkpoints, each staged, checksummed and renamed once.
 
-    RUN/config.json · metrics.jsonl · run.lock · step-00001000/{sae.safetensors, state.safetensors, state.json, manifest.json} · sae/
+    RUN/config.json · metrics.jsonl · run.lock · sae/
+        step-00001000/{sae.safetensors, state.safetensors, state.json, manifest.json}
 
 The manifest is written last, as canonical JSON with a digest of its own fields, so that a flipped bit anywhere in a
 checkpoint is found; a load takes the newest checkpoint that verifies and says why it passed over the others.
@@ -75,9 +76,13 @@ class RunDirectory:
         changed = [key for key in {**before, **now} if key != "out" and before.get(key) != now.get(key)]
         if changed:
             differences = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed)
-            raise ResourceError(str(self.path), f"holds a run with another config ({differences}); choose another --out")
+            raise ResourceError(
+                str(self.path), f"holds a run with another config ({differences}); choose another --out"
+            )
         if not resume and self.steps():
-            raise ResourceError(str(self.path), "holds this run already; add --resume to go on, or choose another --out")
+            raise ResourceError(
+                str(self.path), "holds this run already; add --resume to go on, or choose another --out"
+            )
 
     def steps(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -157,7 +162,8 @@ def _manifest(directory: Path, step: int, config: Mapping[str, Any]) -> str:
         "config_sha256": _digest(files.finite(dict(config))),
         **_environment(),
         "files": {
-            name: {"bytes": (directory / name).stat().st_size, "sha256": files.sha256(directory / name)} for name in PARTS
+            name: {"bytes": (directory / name).stat().st_size, "sha256": files.sha256(directory / name)}
+            for name in PARTS
         },
     }
     return files.canonical_json({**fields, "sha256": _digest(fields)})

@@ -95,7 +95,9 @@ def run_demo(command: Demo) -> tuple[Any, str]:
     from mlsae.analysis.report import plain_table
     from mlsae.demo import demo
 
-    out = command.out or next(name for n in range(1, 1000) if not Path(name := f"demo-{n}" if n > 1 else "demo").exists())
+    out = command.out or next(
+        name for n in range(1, 1000) if not Path(name := f"demo-{n}" if n > 1 else "demo").exists()
+    )
     result = demo(out, minutes=command.minutes, progress=not command.quiet)
     run = shlex.quote(result.run.directory)
     return result, "\n".join(
@@ -170,11 +172,14 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
     )
     analysis.save(out)
     known = {} if run is None else _known(run)
-    report, *_ = write_report(out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known)
+    report, *_ = write_report(
+        out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known
+    )
     terms = analysis.statistics.decomposition()
+    shares = {name: f"{getattr(terms, name) / terms.total:.0%}" for name in ("within", "token", "latent")}
     return analysis, (
-        f"{analysis.statistics.n_tokens:,} tokens. Of the variance of depth {terms.within / terms.total:.0%} is within a latent "
-        f"on one token, {terms.token / terms.total:.0%} between tokens, {terms.latent / terms.total:.0%} between latents.\n{report}"
+        f"{analysis.statistics.n_tokens:,} tokens. Of the variance of depth {shares['within']} is within one latent on one "
+        f"token, {shares['token']} between tokens, {shares['latent']} between latents.\n{report}"
     )
 
 
@@ -307,14 +312,15 @@ def _file_defaults(model: type[Config], arguments: list[str]) -> Any:
     if model is not Train or not (paths := _values_of("--config", arguments)):
         return tyro.MISSING_NONPROP
     values = load_config(Path(paths[-1]))
-    checked = TrainConfig(**{"lm": "-", "data": "-", "out": "-", **values})
+    placeholders: dict[str, Any] = {"lm": "-", "data": "-", "out": "-"}
+    checked = TrainConfig(**(placeholders | values))
     fields = {key: getattr(checked, key) for key in values}
     missing = {key: tyro.MISSING for key in ("lm", "data", "out") if key not in values}
     return Train.model_construct(**{**fields, **missing})
 
 
 def _values_of(flag: str, arguments: list[str]) -> list[str]:
-    spaced = [after for before, after in zip(arguments, arguments[1:], strict=False) if before == flag]
+    spaced = [after for before, after in itertools.pairwise(arguments) if before == flag]
     return spaced + [argument.split("=", 1)[1] for argument in arguments if argument.startswith(flag + "=")]
 
 
@@ -325,7 +331,9 @@ def _check_flags(model: type[Config], arguments: list[str], given: set[str]) -> 
     for argument in arguments[1:]:
         flag = argument.split("=", 1)[0].replace("_", "-")
         if flag.startswith("--") and flag not in flags and flag not in negated:
-            raise ConfigError(flag[2:], f"unknown flag '{flag}'{did_you_mean(flag, flags) or f'; see mlsae {arguments[0]} --help'}")
+            raise ConfigError(
+                flag[2:], f"unknown flag '{flag}'{did_you_mean(flag, flags) or f'; see mlsae {arguments[0]} --help'}"
+            )
     present = {argument.split("=", 1)[0].replace("_", "-") for argument in arguments}
     for flag, field in flags.items():
         if field.is_required() and flag != "--sae" and flag not in present and flag[2:] not in given:

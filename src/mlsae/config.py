@@ -165,12 +165,12 @@ class DictionaryFields(Config):
     layers: Layers | None = None
     """Layers the SAE reads, 0-based; None: every layer."""
     groups: Annotated[int, Field(ge=1)] = 1
-    """Dictionaries: 1 shares one over all layers (an MLSAE), the number of layers trains one each, between are runs of neighbours."""
+    """Dictionaries: 1 is shared by all layers (an MLSAE), n_layers makes one for each; between, neighbours share."""
     mask_special_tokens: bool = True
     """Leave out the vectors of special tokens."""
 
     @model_validator(mode="after")
-    def _layers_and_groups(self: C) -> C:
+    def _layers_and_groups(self) -> "DictionaryFields":
         if self.layers is not None and self.groups > len(self.layers):
             raise ConfigError("groups", f"{self.groups} exceeds the {len(self.layers)} layers; lower it")
         return self
@@ -181,12 +181,12 @@ class MLSAEConfig(DictionaryFields):
 
     d_model: Annotated[int, Field(ge=1)]
     """Width of the residual stream."""
-    n_latents: Annotated[int, Field(ge=1)]
-    """Latents in all, over all groups; or give expansion_factor."""
-    expansion_factor: Annotated[float, Field(gt=0)]
-    """Latents of one dictionary as a multiple of d_model (default 16)."""
+    n_latents: Annotated[int, Field(ge=1)] = 0
+    """Latents in all, over all groups; 0: expansion_factor says it."""
+    expansion_factor: Annotated[float, Field(gt=0)] = 0.0
+    """Latents of one dictionary as a multiple of d_model; 0: n_latents says it, or 16."""
     frame: FrameName = "layer"
-    """Invertible map before the encoder: `layer` centres and scales each layer, `vector` standardises each vector, `none` is the identity."""
+    """Map before the encoder: `layer` centres and scales each layer, `vector` standardises each vector, `none` does nothing."""
     mask_first_position: bool = True
     """Leave out the first position of every sequence."""
     mask_norm_factor: Annotated[float, Field(gt=1)] | None = 10.0
@@ -215,7 +215,9 @@ class MLSAEConfig(DictionaryFields):
     def _sizes(cls, values: Any) -> Any:
         """Fill n_latents from expansion_factor or the reverse; refuse a pair that disagrees."""
         sizes = ("d_model", "groups", "n_latents", "expansion_factor")
-        if not isinstance(values, Mapping) or any(isinstance(values.get(name), str | bool | list | dict) for name in sizes):
+        if not isinstance(values, Mapping) or any(
+            isinstance(values.get(name), str | bool | list | dict) for name in sizes
+        ):
             return values  # left for the type check
         if values.get("d_model") is None or values.get("groups", 1) < 1:
             return values
@@ -233,7 +235,7 @@ class MLSAEConfig(DictionaryFields):
         return {**values, "n_latents": n_latents, "expansion_factor": n_latents / groups / d_model}
 
     @model_validator(mode="after")
-    def _k_and_layers_fit(self: C) -> C:
+    def _k_and_layers_fit(self) -> "MLSAEConfig":
         if self.layers is not None:
             check_layers(self.layers)
         n_latents = self.n_latents // self.groups
@@ -283,16 +285,16 @@ class TrainerConfig(Config):
     aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
     """Weight of the AuxK loss."""
     dead_after_tokens: Positive | None = None
-    """Tokens without a value above dead_threshold that make a latent dead; None: 10,000,000 or a tenth of the run, lawson2024 10,000,000."""
+    """Tokens without a value above dead_threshold that make a latent dead; None: 10,000,000, or a tenth of the run if less."""
     dead_threshold: Annotated[float, Field(ge=0)] = 1e-3
     """Value a latent must exceed to count as alive."""
     init_tokens: Positive = 32_768
     """Unmasked tokens that fix the frame, the variances and the bias before the first step."""
     precision: PrecisionName | None = None
-    """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on an accelerator that has it, else float32."""
+    """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on CUDA that has it, else float32."""
 
     @model_validator(mode="after")
-    def _schedule_fits(self: C) -> C:
+    def _schedule_fits(self) -> "TrainerConfig":
         if (self.warmup_fraction or 0.0) + (self.decay_fraction or 0.0) > 1:
             raise ConfigError("warmup_fraction", "with decay_fraction more than the whole run; lower one of them")
         return self
@@ -367,7 +369,7 @@ class TrainConfig(TrainerConfig, DictionaryFields, Materials):
     """Also send metrics here; None: files only, nothing leaves this machine."""
 
     @model_validator(mode="after")
-    def _combinations(self: C) -> C:
+    def _combinations(self) -> "TrainConfig":
         if self.n_latents is not None and self.expansion_factor is not None:
             raise ConfigError("n_latents", "given together with expansion_factor; give one of them")
         return self
@@ -396,7 +398,9 @@ def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
     accumulation = config.accumulation_steps or max(1, per_step // (batch * context))
     step_tokens = batch * context * accumulation
     if config.tokens < step_tokens:
-        raise ConfigError("tokens", f"{config.tokens} tokens is less than one step ({step_tokens}); raise it or lower batch_size")
+        raise ConfigError(
+            "tokens", f"{config.tokens} tokens is less than one step ({step_tokens}); raise it or lower batch_size"
+        )
     n_steps = config.tokens // step_tokens
     resolved = config.replaced(
         layers=layers,
@@ -417,7 +421,10 @@ def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
         k_aux=_first(config.k_aux, min(256, sae.n_latents)),
         log_every_steps=_first(config.log_every_steps, max(1, n_steps // 200)),
         save_every_steps=_first(config.save_every_steps, max(1, n_steps // 10)),
-        validate_every_steps=_first(config.validate_every_steps, rules.validate_every_forwards and max(1, rules.validate_every_forwards // accumulation)),
+        validate_every_steps=_first(
+            config.validate_every_steps,
+            rules.validate_every_forwards and max(1, rules.validate_every_forwards // accumulation),
+        ),
     )
     _check_resolved(resolved, step_tokens)
     return resolved
@@ -427,10 +434,10 @@ def sae_config(config: TrainConfig, lm: LMShape) -> MLSAEConfig:
     """The SAE that a training config describes for one language model."""
     rules = config.rules
     norm_factor = _first(config.mask_norm_factor, rules.mask_norm_factor)
+    size: dict[str, Any] = {"n_latents": config.n_latents, "expansion_factor": config.expansion_factor}
     return MLSAEConfig(
         d_model=lm.d_model,
-        n_latents=config.n_latents,
-        expansion_factor=config.expansion_factor,
+        **size,
         k=config.k,
         layers=config.layers,
         groups=config.groups,

@@ -159,9 +159,10 @@ def convert(gguf: Path, folder: Path) -> Path:
     hf = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
+    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     with files.staged_directory(folder) as staged:
         hf.save_pretrained(staged)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
     return folder
 
 
@@ -202,7 +203,9 @@ def plan(lm: LanguageModel, texts: Path, seconds: float, *, progress: bool) -> B
     return Budget(
         train=_tokens(left * SHARES["train"], step_seconds),
         evaluate=_tokens(left * SHARES["evaluate"], step_seconds),
-        splice=_tokens(left * SHARES["splice"], lm.n_layers * read_seconds),  # half a pass a layer, and all of its logits
+        splice=_tokens(
+            left * SHARES["splice"], lm.n_layers * read_seconds
+        ),  # half a pass a layer, and all of its logits
         analyze=_tokens(left * SHARES["analyze"], 2 * step_seconds),
     )
 
@@ -226,4 +229,7 @@ def outlook(metrics: Sequence[dict[str, Any]], fvu: float, factor: int = 10) -> 
     if slope >= 0:
         return f"{reached}; its curve is too noisy to say what more would bring."
     more = fvu * factor**slope
-    return f"{reached}; if its own curve (a power law, exponent {slope:.2f}) went on, {factor} times the tokens would bring about {more:.2f}."
+    return (
+        f"{reached}; if its own curve (a power law, exponent {slope:.2f}) went on, "
+        f"{factor} times the tokens would bring about {more:.2f}."
+    )

@@ -36,7 +36,9 @@ def devices() -> list[str]:
     return found
 
 
-def choose_precision(precision: PrecisionName | None, device: torch.device, cuda_precision: PrecisionName) -> PrecisionName:
+def choose_precision(
+    precision: PrecisionName | None, device: torch.device, cuda_precision: PrecisionName
+) -> PrecisionName:
     """The precision asked for, or the recipe's on CUDA, else float32. Raises ConfigError where the device lacks it."""
     bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
     if precision is None:

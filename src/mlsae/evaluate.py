@@ -30,7 +30,7 @@ class Evaluation:
     """Tokens the SAE saw, masked ones not counted."""
     n_spliced_tokens: int
     """Positions over which cross-entropy and KL were measured, masked ones included."""
-    layers: list[dict[str, float]]
+    layers: list[dict[str, Any]]
     """For each layer: layer, fvu, mse, cosine, norm_ratio, l0, l1, unused_fraction, delta_ce, kl."""
     mean: dict[str, float]
     """The unweighted mean over layers of each of these."""
@@ -127,9 +127,7 @@ def held_out_split(sae: MLSAE, data: str) -> str:
     return "test" if trained_on or "test" in TextSource(data).named_splits() else "all"
 
 
-def token_batches(
-    blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool
-) -> Iterator[Int[Tensor, "batch pos"]]:
+def token_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool) -> Iterator[Int[Tensor, "batch pos"]]:
     """`tokens` tokens of the blocks, in a fixed shuffled order, each block once."""
     n_blocks = min(len(blocks), max(1, tokens // blocks.context_length))
     size = max(1, BATCH_TOKENS // blocks.context_length)
@@ -186,7 +184,9 @@ class EvaluationSums:
 
     def _compare(self, row: int, clean: Tensor, logits: Tensor, tokens: Tensor) -> None:
         """Add one splice: `clean` are the untouched model's log-probabilities, `logits` the spliced one's."""
-        for before, after, targets in zip(clean, logits, tokens, strict=True):  # one sequence at a time: these are large
+        for before, after, targets in zip(
+            clean, logits, tokens, strict=True
+        ):  # one sequence at a time: these are large
             after = after.float().log_softmax(-1)
             self.losses[row] += cross_entropy(after, targets).cpu()
             self.kl[row] += kl_divergence(before, after).double().sum().cpu()
@@ -198,7 +198,9 @@ class EvaluationSums:
         if n_tokens == 0:
             raise DataError("data", "no token is left after masking; use longer text")
         quality = {name: column.tolist() for name, column in vars(self.reconstruction.quality()).items()}
-        published = {name.removesuffix("_lawson2024"): quality.pop(name) for name in list(quality) if "lawson2024" in name}
+        published = {
+            name.removesuffix("_lawson2024"): quality.pop(name) for name in list(quality) if "lawson2024" in name
+        }
         quality["unused_fraction"] = (~self.fired).float().mean(1).tolist()
         ce = (self.losses / max(1, self.n_predicted)).tolist()
         kl = (self.kl / max(1, self.n_positions)).tolist()
@@ -223,6 +225,7 @@ class EvaluationSums:
 
 def splice_with(sae: MLSAE, layer: int, visible: Bool[Tensor, "batch pos"]) -> Callable[[Tensor], Tensor]:
     """A function that replaces a layer's visible residual vectors by the SAE's reconstruction of what flows there."""
+
     def splice(resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         resid = resid.clone()
         resid[visible] = sae.decode(sae.encode(resid[visible][None], layers=[layer]))[0]
@@ -231,9 +234,10 @@ def splice_with(sae: MLSAE, layer: int, visible: Bool[Tensor, "batch pos"]) -> C
     return splice
 
 
-def _by_layer(sae: MLSAE, columns: dict[str, list[float]]) -> list[dict[str, float]]:
+def _by_layer(sae: MLSAE, columns: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [
-        {"layer": layer, **{name: column[row] for name, column in columns.items()}} for row, layer in enumerate(sae.layers)
+        {"layer": layer, **{name: column[row] for name, column in columns.items()}}
+        for row, layer in enumerate(sae.layers)
     ]
 
 

@@ -13,11 +13,12 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from mlsae.errors import ConfigError, ModelError, ResourceError
 
@@ -80,7 +81,7 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
 
 
 @contextlib.contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
+def staged_directory(target: Path) -> Generator[Path]:
     """A hidden folder beside `target` to fill; on a clean exit it is synced and renamed to `target`, else removed."""
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def new_file(path: Path) -> Generator[BinaryIO]:
     """A file inside a staged folder (which makes it durable) to fill bit by bit, for what is too large for memory."""
     with open(path, "wb") as file:
         yield file
@@ -140,13 +141,15 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Generator[None]:
     """Turn an OSError into the one sentence a user can act on."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = f"disk full with {free_bytes(path) / 1e6:.0f} MB free; free some space and run again with --resume"
+            problem = (
+                f"disk full with {free_bytes(path) / 1e6:.0f} MB free; free some space and run again with --resume"
+            )
         else:
             problem = f"{error.strerror or error}; choose a folder you can write to"
         raise ResourceError(str(path), problem) from error
@@ -278,7 +281,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_tensors(path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None) -> "dict[str, Tensor]":
+def load_tensors(
+    path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None
+) -> "dict[str, Tensor]":
     """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first."""
     from safetensors import SafetensorError, safe_open
 
@@ -288,7 +293,9 @@ def load_tensors(path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             if expected is not None:
                 found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-                _check_tensors(path, found, {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()})
+                _check_tensors(
+                    path, found, {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
+                )
             return {name: file.get_tensor(name) for name in slices}
     except (SafetensorError, OSError) as error:
         raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
@@ -312,7 +319,9 @@ def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ModelError(str(path), f"tensor '{unknown[0]}' is unknown; the file was not written for this config")
     for name, (kind, shape) in wanted.items():
         if found[name][1] != shape:
-            raise ModelError(str(path), f"tensor '{name}' has shape {list(found[name][1])}; config.json needs {list(shape)}")
+            raise ModelError(
+                str(path), f"tensor '{name}' has shape {list(found[name][1])}; config.json needs {list(shape)}"
+            )
         if found[name][0] != kind:
             raise ModelError(str(path), f"tensor '{name}' is {found[name][0]}; it must be {kind}")
 
@@ -357,15 +366,13 @@ class _PlainYaml(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for (key_node, _), key in zip(node.value, keys, strict=True):
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+                raise ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 _PlainYaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-
-
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ transformers never sees a config.json that was not walked first; what the Hub an
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _locate_on_hub(name: str, revision: str | None) -> Source:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(name: str, revision: str | None) -> Generator[None]:
     """Answers of the Hub as the one sentence a user can act on; their own text may quote a token, so it is left out."""
     name = printable(name)
     login = "run 'hf auth login'"
@@ -128,7 +128,9 @@ def read_config(source: Source) -> Any:
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in found:
             raise ModelError("model", f"'{name}' needs code from its repository; not supported")
-        raise ModelError("model", f"'{name}' is of type '{printable(model_type)}', unknown to transformers; {SUPPORTED}")
+        raise ModelError(
+            "model", f"'{name}' is of type '{printable(model_type)}', unknown to transformers; {SUPPORTED}"
+        )
     if "auto_map" in found:  # transformers knows the architecture itself
         _log.warning("model: '%s' ships its own code, which is not used", name)
     try:

@@ -6,7 +6,7 @@ returned, replacing a layer changes it, and a block that need not be computed pa
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from mlsae.tokens import Tokenizer
 
 Edit = Callable[[Callable[[], Tensor], Tensor], Tensor]
 """(function that runs the block, the block's input) -> what the next block receives."""
-
 
 
 class LanguageModel:
@@ -221,7 +220,7 @@ class _Block:
         self._rest: tuple[None, ...] | None = None  # what a block that is not run returns beside the stream
 
     @contextlib.contextmanager
-    def edited(self, edit: Edit) -> Iterator[None]:
+    def edited(self, edit: Edit) -> Generator[None]:
         """While open, the block returns what `edit` says, in the block's own kind: a tensor or a tuple."""
         own = self._module.__dict__.get("forward")  # set by others, such as accelerate
         self._module.forward = self._standing_in(self._module.forward, edit)

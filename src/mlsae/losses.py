@@ -57,7 +57,9 @@ def aux_residual(
     guess = torch.cat([_dead_part(sae, x, dead, k_aux, *part) for part in sae.parts(code.rows)]) * code.scale
     spread = (error - error.mean(1, keepdim=True)).square().sum((1, 2))
     # A single token has no spread, and a group without dead latents no guess: neither has anything to learn here.
-    guessing = torch.cat([dead[latents].any().expand(here.stop - here.start) for here, _, latents in sae.parts(code.rows)])
+    guessing = torch.cat(
+        [dead[latents].any().expand(here.stop - here.start) for here, _, latents in sae.parts(code.rows)]
+    )
     spread = spread.where((spread > 0) & guessing, torch.inf)
     return ((error - guess).square().sum((1, 2)) / spread).mean()
 

@@ -112,7 +112,12 @@ class ReconstructionSums:
         error = (resid - recon).double().square().sum((1, 2))
         norms, recon_norms = resid.norm(dim=-1), recon.norm(dim=-1)
         cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1)
-        per_token = (cosine, recon_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny), (values > 0).sum(-1), values.sum(-1))
+        per_token = (
+            cosine,
+            recon_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny),
+            (values > 0).sum(-1),
+            values.sum(-1),
+        )
         self.sums += torch.stack([error, *(x.double().sum(1) for x in per_token)]).cpu()
         zeros = resid.new_zeros(resid.shape[0], n_masked, resid.shape[2])
         published = torch.cat([resid, zeros], 1), torch.cat([recon, zeros], 1)
@@ -144,9 +149,7 @@ class ReconstructionSums:
         )
 
 
-def cross_entropy(
-    log_probs: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]
-) -> Float[Tensor, ""]:
+def cross_entropy(log_probs: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, ""]:
     """Summed cross-entropy of each next token of one sequence, in nats."""
     return -log_probs[:-1].gather(1, tokens[1:, None]).double().sum()
 

@@ -37,9 +37,7 @@ def read(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"]) -> Rea
     """One forward pass of the language model, masked as the SAE's config says."""
     tokens = tokens.to(lm.device)
     config = sae.config
-    keep = lm.keep_mask(
-        tokens, special_tokens=config.mask_special_tokens, first_position=config.mask_first_position
-    )
+    keep = lm.keep_mask(tokens, special_tokens=config.mask_special_tokens, first_position=config.mask_first_position)
     resid = lm.resid(tokens, layers=config.layers)
     within = sae.within_norm(resid)
     visible = keep & within.all(0)

@@ -3,8 +3,9 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from mlsae.trainer import StepReport
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Something that takes metrics by name."""
 
@@ -39,9 +41,7 @@ def open_logger(name: str | None, run: Path, config: Mapping[str, Any]) -> Logge
 
 class _Wandb:
     def __init__(self, run: Path, config: Mapping[str, Any]):
-        import wandb
-
-        self._run = wandb.init(project="mlsae", name=run.name, dir=str(run), config=dict(config))
+        self._run = import_module("wandb").init(project="mlsae", name=run.name, dir=str(run), config=dict(config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self._run.log(dict(metrics), step=step)
@@ -52,10 +52,8 @@ class _Wandb:
 
 class _Trackio:
     def __init__(self, run: Path, config: Mapping[str, Any]):
-        import trackio
-
-        self._trackio = trackio
-        trackio.init(project="mlsae", name=run.name, config=dict(config))
+        self._trackio = import_module("trackio")
+        self._trackio.init(project="mlsae", name=run.name, config=dict(config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         self._trackio.log(dict(metrics), step=step)
@@ -80,11 +78,9 @@ class _TensorBoard:
 
 
 class Reporter:
-    """The one place where training logs. Metrics lines are the same for the same run, but for the two wall-clock keys at the end."""
+    """The one place where training logs. The same run writes the same lines, but for the two wall-clock keys at the end."""
 
-    def __init__(
-        self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, every: int, progress: bool
-    ):
+    def __init__(self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, every: int, progress: bool):
         self._metrics, self._logger, self._every = metrics, logger, every
         self._started = time.monotonic()
         self._tokens_here = 0

@@ -166,13 +166,17 @@ class MLSAE(nn.Module):
         files.write_json(Path(directory) / CONFIG_FILE, self.config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, id_or_dir: str | Path, *, revision: str | None = None, device: str | None = None) -> "MLSAE":
+    def from_pretrained(
+        cls, id_or_dir: str | Path, *, revision: str | None = None, device: str | None = None
+    ) -> "MLSAE":
         """The SAE in a folder, a run directory or a Hub repository.
 
         Raises ModelError if it is not there, not whole, not finite or not ours.
         """
         directory = _find(id_or_dir, revision)
-        with torch.device("meta"):  # sizes before bytes: nothing is allocated for a config that the file does not bear out
+        with torch.device(
+            "meta"
+        ):  # sizes before bytes: nothing is allocated for a config that the file does not bear out
             sae = cls(_read_config(directory / CONFIG_FILE))
         expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in sae.state_dict().items()}
         tensors = files.load_tensors(directory / WEIGHTS_FILE, expected)
@@ -197,7 +201,9 @@ def _find(id_or_dir: str | Path, revision: str | None) -> Path:
         if (directory / CONFIG_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
             return directory
     if Path(id_or_dir).exists():
-        raise ModelError("sae", f"'{id_or_dir}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}; name a run or an SAE folder")
+        raise ModelError(
+            "sae", f"'{id_or_dir}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}; name a run or an SAE folder"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -211,7 +217,9 @@ def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
     for name, tensor in tensors.items():
         finite = tensor > 0 if name == "norm_limit" else tensor.isfinite()  # a limit may be infinite: off
         if not finite.all():
-            raise ModelError(str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint")
+            raise ModelError(
+                str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint"
+            )
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer under one policy for separators, special tokens and BOS: the one place where text becomes token ids."""
+"""A Hugging Face tokenizer under one policy for separators, special tokens and BOS: the one place where text becomes ids."""
 
 import hashlib
 from collections.abc import Sequence

@@ -57,9 +57,7 @@ class Run:
         return asdict(self)
 
 
-def train(
-    config: TrainConfig, *, resume: bool = False, progress: bool = True, lm: LanguageModel | None = None
-) -> Run:
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, lm: LanguageModel | None = None) -> Run:
     """Train as `config` says and return the finished run; `lm` saves loading the language model again.
 
     SIGINT and SIGTERM save a checkpoint and raise Interrupted; `resume` then goes on, bit for bit as if nothing had happened.
@@ -93,7 +91,14 @@ class Loop:
     """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop."""
 
     def __init__(
-        self, config: TrainConfig, lm: LanguageModel, run: RunDirectory, *, resume: bool, progress: bool, stop: "StopFlag"
+        self,
+        config: TrainConfig,
+        lm: LanguageModel,
+        run: RunDirectory,
+        *,
+        resume: bool,
+        progress: bool,
+        stop: "StopFlag",
     ):
         self.config, self.lm, self.run_directory, self.stop, self.progress = config, lm, run, stop, progress
         self.batch = config.batch_size or 1
@@ -188,7 +193,8 @@ class Loop:
         state = {**self.trainer.state(), "over_norm": self.over_norm, "rng.torch": torch.get_rng_state()}
         info = {"position": self.position, "metrics_bytes": self.metrics.sync()}
         self.run_directory.save(
-            Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, info), self.config.keep_checkpoints
+            Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, info),
+            self.config.keep_checkpoints,
         )
         self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
@@ -219,7 +225,7 @@ class Loop:
 
 @torch.no_grad()
 def validate(loop: Loop, blocks: TokenBlocks) -> float:
-    """Mean FVU on held-out text; lawson2024 validates on the start of the training stream and lets it move the clock (D8, D18)."""
+    """Mean FVU on held-out text; lawson2024 reads the start of the training stream and moves the clock by it (D8, D18)."""
     sae, trainer = loop.trainer.sae, loop.trainer
     sums = ReconstructionSums(len(sae.layers), sae.config.d_model)
     for position in range(0, min(loop.config.validation_sequences, len(blocks)), loop.batch):

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,7 @@ class Trainer:
         self._parts.append((resid.shape[1], loss.detach(), aux.detach(), fvu))
 
     def update(self) -> StepReport:
-        """Take the step that the accumulated gradient asks for. Raises NumericsError, before anything changes, if it is not finite."""
+        """Take the step that the accumulated gradient asks for. Raises NumericsError, changing nothing, if it is not finite."""
         if not self._parts:
             raise ConfigError("resid", "no unmasked token in this step; raise batch_size or check the mask")
         n_tokens = sum(n for n, *_ in self._parts)
@@ -185,15 +185,21 @@ class Trainer:
         """The gradient's norm; stops the run at the first loss or gradient that is not finite."""
         for _, loss, _, _ in self._parts:
             if not math.isfinite(float(loss)):
-                raise NumericsError("loss", f"{float(loss)} at step {self.steps + 1}; lower lr, or look at the data of this step")
+                raise NumericsError(
+                    "loss", f"{float(loss)} at step {self.steps + 1}; lower lr, or look at the data of this step"
+                )
         norms = {name: float(_grad(getattr(self.sae, name)).norm()) for name in WEIGHTS}
         for name, norm in norms.items():
             if not math.isfinite(norm) and self.precision != "float16":
-                raise NumericsError(f"gradient of {name}", f"{norm} at step {self.steps + 1}; lower lr or set clip_grad_norm")
+                raise NumericsError(
+                    f"gradient of {name}", f"{norm} at step {self.steps + 1}; lower lr or set clip_grad_norm"
+                )
         norm = math.hypot(*norms.values())
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if self.overflows == MAX_OVERFLOWS:
-            raise NumericsError("gradient", f"{MAX_OVERFLOWS} float16 overflows in a row; use --precision bfloat16 or float32")
+            raise NumericsError(
+                "gradient", f"{MAX_OVERFLOWS} float16 overflows in a row; use --precision bfloat16 or float32"
+            )
         if self.config.clip_grad_norm is not None and norm > self.config.clip_grad_norm:
             for weight in self._weights():
                 _grad(weight).mul_(self.config.clip_grad_norm / norm)
@@ -236,7 +242,7 @@ class Trainer:
         )
 
     @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> Generator[None]:
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.sae.W_enc.device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield

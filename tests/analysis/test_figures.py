@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlsae import files
-from mlsae.analysis import figures
+from mlsae.analysis import drawing, figures
 from mlsae.analysis.geometry import AdjacentSimilarity, ResidMeans
 from mlsae.analysis.layers import WEIGHTS, LayerStatistics
 from mlsae.analyze import Analysis, PromptActivity
@@ -189,7 +189,7 @@ def test_centre_of_mass_has_16_bins_a_layer_and_area_1():
 
 
 def test_saved_pictures_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)  # fast
+    monkeypatch.setitem(drawing.STYLE, "savefig.dpi", 40)  # fast
     for picture in figures.pictures(make_analysis(), make_evaluation(), make_metrics()):
         figures.save(picture, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3 * 9
@@ -225,9 +225,9 @@ def test_large_data_goes_into_tensors_and_leaves_no_stale_file(tmp_path: Path, m
 
 
 def test_drawing_changes_no_setting():
-    before = dict(figures.mpl.rcParams)
+    before = dict(drawing.mpl.rcParams)
     figures.rendered(figures.spread(make_analysis()).figure, "svg")
-    assert dict(figures.mpl.rcParams) == before
+    assert dict(drawing.mpl.rcParams) == before
 
 
 # ---- what is missing -----------------------------------------------------------------------------------------------
@@ -265,8 +265,8 @@ def test_training_without_records_is_no_figure():
 
 @pytest.mark.parametrize("n_layers", [1, 2, 12, 13, 30, 96])
 def test_layer_ticks_are_few_and_named_by_layer_id(n_layers: int):
-    axis = figures._figure(2.0).subplots().xaxis
-    figures._layer_axis(axis, [10 + layer for layer in range(n_layers)])
+    axis = drawing.new_figure(2.0).subplots().xaxis
+    drawing.layer_axis(axis, [10 + layer for layer in range(n_layers)])
     labels = [label.get_text() for label in axis.get_ticklabels()]
     assert labels[0] == "10"
     assert 1 <= len(labels) <= 12
@@ -276,7 +276,7 @@ def test_awkward_tokens_are_drawn_without_a_warning(tmp_path: Path):
     tokens = ("<s>", "$x_", "^$", "語", "\U0001f642", "", " ", "a" * 60, "<script>", "\\frac{")
     picture = figures.prompt_positions(make_analysis(tokens=tokens))
     figures.save(picture, tmp_path)
-    assert figures.drawable("é語$") == "é□$"
+    assert drawing.drawable("é語$") == "é□$"
     assert json.loads((tmp_path / "prompt_positions.json").read_text())["tokens"] == list(tokens)
     figures.save(figures.prompt_heatmap(make_analysis(tokens=tokens)), tmp_path)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_figures import make_analysis, make_evaluation, make_metrics
 
-from mlsae.analysis import figures, report
+from mlsae.analysis import drawing, figures, report
 from mlsae.analysis.figures import pictures
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.evaluate import Evaluation
@@ -71,7 +71,7 @@ class Tags(HTMLParser):
 
 def test_report_holds_every_figure_and_nothing_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(figures, "rendered", lambda figure, kind: kind.encode())  # the files beside it
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)  # fast
+    monkeypatch.setitem(drawing.STYLE, "savefig.dpi", 40)  # fast
     html = write(tmp_path)
     tags = Tags(html)
     assert tags.open == []
@@ -108,7 +108,7 @@ def test_sentences_come_from_the_numbers(tmp_path: Path):
     assert "1 h 2 min" in text
     assert "12,345" in text
     assert "3 vectors, at most 2 at one layer" in text
-    assert "mlsae explore runs/a" in text
+    assert "mlsae evaluate runs/a" in text
     assert "--data &#39;text folder&#39;" in text  # quoted for the shell, escaped for the page
 
 

@@ -1,62 +1,49 @@
 """Each figure of the analysis: a function from numbers to a Figure, and the data behind it.
 
-Matplotlib is used through its objects alone: no pyplot, and its settings are as they were once a function returns.
 Layer axes are numbered by row (0 .. n_layers - 1) and labelled with the model's layer ids.
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from mlsae import files
+from mlsae.analysis.drawing import (
+    BLUE,
+    GREY,
+    INK,
+    MAX_COLUMNS,
+    ORANGE,
+    VERMILION,
+    band,
+    binned,
+    digits,
+    direct_label,
+    drawable,
+    height_of,
+    latents_by_layers,
+    layer_axis,
+    new_figure,
+    plain_log,
+    rendered,
+    short_count,
+    shortened,
+    styled,
+    tick_step,
+)
 from mlsae.analysis.layers import WEIGHTS
 from mlsae.analyze import Analysis, PromptActivity
 
-BLUE, ORANGE, GREEN, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8a8a8a", "#222222"
-"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
-FONT = "DejaVu Sans"
-"""It comes with matplotlib, so a figure is the same on every machine."""
-STYLE: Any = {
-    "font.family": FONT,
-    "font.size": 9,
-    **dict.fromkeys(["axes.labelsize", "axes.titlesize", "legend.fontsize"], 9),
-    **dict.fromkeys(["xtick.labelsize", "ytick.labelsize"], 8),
-    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"], INK),
-    **dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], GREY),
-    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e8e8e8",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a token may be a dollar sign
-    "image.interpolation": "none",
-    "savefig.dpi": 200,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "mlsae",  # without it element ids are random
-}
-styled = mpl.rc_context(STYLE)
-WIDTH = 7.2
-"""Inches: 720 pixels on a page."""
-MAX_COLUMNS = 1000
-"""Columns of a heatmap, fewer than its pixels: each is drawn whole, and averaging leaves nothing to alias."""
 MAX_JSON_NUMBERS = 200_000
 """Numbers that a data file holds as JSON, about 5 MB; more go into a safetensors file."""
 PROMPT_THRESHOLD = 1e-3
@@ -100,18 +87,6 @@ def save(picture: Picture, directory: Path) -> list[Path]:
     return paths
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as a png, pdf or svg file, without the time it was made."""
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-            figure.draw_without_rendering()  # laid out once: that is slow, and every kind of file is to look the same
-            figure.set_layout_engine("none")
-        figure.savefig(buffer, format=kind, metadata=undated)
-    return buffer.getvalue()
-
-
 def pictures(
     analysis: Analysis, evaluation: Mapping[str, Any] | None = None, metrics: Sequence[Mapping[str, Any]] = ()
 ) -> list[Picture]:
@@ -126,23 +101,10 @@ def pictures(
 # ---- heatmaps ------------------------------------------------------------------------------------------------------
 
 
-def drawable(text: str) -> str:
-    """The text with a box for each character that the figures' font lacks."""
-    known = get_font(findfont(FONT)).get_charmap()
-    return "".join(c if ord(c) in known else "□" for c in text)
-
-
 def by_depth(centre_of_mass: Tensor, keep: Tensor) -> Tensor:
     """Ids of the latents to `keep`, by descending centre of mass; ties by id."""
     ids = keep.nonzero()[:, 0]
     return ids[centre_of_mass[ids].argsort(descending=True, stable=True)]
-
-
-def binned(columns: np.ndarray, n_bins: int) -> np.ndarray:
-    """Means over runs of neighbouring columns, as equal in length as can be; all columns if they are no more."""
-    n_bins = min(n_bins, columns.shape[-1])
-    edges = np.linspace(0, columns.shape[-1], n_bins + 1).round().astype(int)
-    return np.add.reduceat(columns, edges[:-1], axis=-1) / np.diff(edges)
 
 
 def prompt_text(prompt: PromptActivity) -> str:
@@ -162,7 +124,7 @@ def heatmap(analysis: Analysis) -> Picture | None:
         return None
     rate = statistics.n_events[order].double() / statistics.n_tokens
     columns = found.probability[:, order]
-    figure, shown = _heatmap(columns, rate, analysis.layers, "events\nper token")
+    figure, shown = latents_by_layers(columns, rate, analysis.layers, "events\nper token")
     caption = (
         f"Each column is a latent{_averaged(columns, shown)}, sorted by centre of mass: late layers on the left. "
         "Colour is the share of its activation at each layer, so a column sums to 1. The strip above says how often"
@@ -192,10 +154,10 @@ def prompt_heatmap(analysis: Analysis) -> Picture | None:
     order = by_depth(centre, mass.amax(0) > PROMPT_THRESHOLD)
     if not len(order):
         return None
-    text = _shortened(prompt_text(prompt), 1000)
+    text = shortened(prompt_text(prompt), 1000)
     total, columns = mass.sum(0)[order], probability[:, order]
-    figure, shown = _heatmap(columns, total, analysis.layers, "summed\nactivation")
-    figure.suptitle(drawable(_shortened(text, 100)), x=0.01, ha="left", fontsize=9)
+    figure, shown = latents_by_layers(columns, total, analysis.layers, "summed\nactivation")
+    figure.suptitle(drawable(shortened(text, 100)), x=0.01, ha="left", fontsize=9)
     caption = (
         f"The same for the latents that one prompt activates{_averaged(columns, shown)}, sorted by their centre of "
         "mass on it. The strip is each latent's activation summed over the prompt. Positions in ⟦brackets⟧ are "
@@ -224,7 +186,7 @@ def prompt_positions(analysis: Analysis) -> Picture | None:
         return None
     seen = prompt.by_position.numpy().copy()
     seen[:, ~prompt.visible.numpy()] = np.nan
-    figure = _figure(_height(len(seen)) + 0.6)
+    figure = new_figure(height_of(len(seen)) + 0.6)
     axes = figure.subplots()
     image = axes.imshow(seen, cmap="magma_r", aspect="auto", vmin=0)
     axes.set_facecolor("#d9d9d9")
@@ -233,7 +195,7 @@ def prompt_positions(analysis: Analysis) -> Picture | None:
     labels = [drawable(token.strip() or "␣")[:16] for token in prompt.tokens]
     axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=90)
     axes.set_xlabel("token")
-    _layer_axis(axes.yaxis, analysis.layers)
+    layer_axis(axes.yaxis, analysis.layers)
     figure.colorbar(image, ax=axes, label="summed activation", pad=0.015, aspect=15)
     layer, position = np.unravel_index(np.nanargmax(seen), seen.shape)
     caption = (
@@ -255,46 +217,6 @@ def prompt_positions(analysis: Analysis) -> Picture | None:
     return Picture("prompt_positions", "The same prompt, token by token", caption, figure, data)
 
 
-def _heatmap(columns: Tensor, strip: Tensor, layers: Sequence[int], strip_label: str) -> tuple[Figure, Tensor]:
-    """Sorted columns under a strip with one positive number a column; also returns the columns as drawn."""
-    shown = binned(columns.numpy(), MAX_COLUMNS)
-    figure = _figure(_height(len(layers)) + 1.0)
-    grid = figure.subplots(2, 2, sharex="col", width_ratios=[1, 0.02], height_ratios=[0.5, _height(len(layers))])
-    (above, corner), (below, colours) = grid
-    corner.remove()
-    _strip(above, strip.numpy(), strip_label)
-    bright = max(float(np.quantile(shown, 0.998)), 1e-9)
-    extent = (0.0, float(columns.shape[1]), len(layers) - 0.5, -0.5)
-    image = below.imshow(shown, cmap="magma_r", aspect="auto", vmin=0, vmax=bright, extent=extent)
-    below.grid(False)
-    below.set_xlabel(f"latents, sorted by centre of mass (n = {columns.shape[1]:,})")
-    below.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    below.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-    _layer_axis(below.yaxis, layers)
-    figure.colorbar(image, cax=colours, label="P(layer | latent)", extend="max" if shown.max() > bright else "neither")
-    return figure, columns.new_tensor(shown)
-
-
-def _strip(axes: Axes, values: np.ndarray, label: str) -> None:
-    """A line of local means on a log axis, with the 10-90 % range of the values around it."""
-    groups = np.array_split(values, min(100, len(values)))
-    edges = np.cumsum([0, *map(len, groups)])
-    low, mean, high = (
-        [f(group) for group in groups] for f in (lambda g: np.quantile(g, 0.1), np.mean, lambda g: np.quantile(g, 0.9))
-    )
-    axes.stairs(high, edges, baseline=low, fill=True, color=BLUE, alpha=0.25, linewidth=0)
-    axes.stairs(mean, edges, baseline=None, color=BLUE, linewidth=1.2)
-    axes.set_yscale("log")
-    axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    axes.yaxis.set_major_formatter(FuncFormatter(_power))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", length=0, labelbottom=False)
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def _averaged(columns: Tensor, shown: Tensor) -> str:
     per_bin = columns.shape[1] / shown.shape[1]
     return "" if per_bin == 1 else f" (drawn as means of {per_bin:.2g} neighbours each)"
@@ -311,10 +233,10 @@ def centre_of_mass(analysis: Analysis) -> Picture | None:
     if not len(centre) or len(layers) < 2:
         return None
     density, edges = np.histogram(centre, bins=16 * len(layers), range=(0, len(layers) - 1), density=True)
-    figure = _figure(2.4)
+    figure = new_figure(2.4)
     axes = figure.subplots()
     axes.stairs(density, edges, fill=True, color=BLUE)
-    _layer_axis(axes.xaxis, layers, "layer at the centre of mass")
+    layer_axis(axes.xaxis, layers, "layer at the centre of mass")
     axes.set(xlim=(-0.1, len(layers) - 0.9), ylabel="density of latents (per layer)")
     caption = (
         "The centre of mass of a latent is the mean layer of its activation over all tokens. Peaks at whole layers "
@@ -342,7 +264,7 @@ def spread(analysis: Analysis) -> Picture | None:
     effective = found.effective_layers[found.used].numpy()
     latents = np.bincount(effective.round().astype(int), minlength=len(n_layers) + 1)[1:] / len(effective)
     means = float(events @ n_layers), float(effective.mean())
-    figure = _figure(2.6)
+    figure = new_figure(2.6)
     left, right = figure.subplots(1, 2, sharey=True)
     _shares(left, events, means[0], ORANGE, "One token", "layers at which a latent is active", "share of events")
     _shares(right, latents, means[1], BLUE, "All tokens", "effective layers of a latent", "share of latents")
@@ -367,11 +289,11 @@ def _shares(axes: Axes, shares: np.ndarray, mean: float, colour: str, title: str
     axes.axvline(mean, color=INK, linewidth=1, linestyle="--")
     side, shift = ("left", 5) if mean < (len(shares) + 1) / 2 else ("right", -5)
     place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": side}
-    axes.annotate(f"mean {_digits(mean)}", (mean, 0.94), (shift, 0), fontsize=8, **place)
+    axes.annotate(f"mean {digits(mean)}", (mean, 0.94), (shift, 0), fontsize=8, **place)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
     axes.yaxis.set_tick_params(labelleft=True)
-    step = _step(len(shares))
+    step = tick_step(len(shares))
     axes.set_xticks(range(1, len(shares) + 1) if step == 1 else [1, *range(step, len(shares) + 1, step)])
     axes.grid(False, axis="x")
 
@@ -383,11 +305,11 @@ def variance(analysis: Analysis) -> Picture | None:
     if not all(found.total > 0 for found in split.values()):
         return None
     published = analysis.statistics.lawson2024()
-    figure = _figure(2.3)
+    figure = new_figure(2.3)
     axes = figure.subplots()
     for row, weight in enumerate(WEIGHTS):
         _stacked_bar(axes, row, [getattr(split[weight], part) / split[weight].total for part in PARTS])
-        axes.text(1.01, row, f"{_digits(split[weight].total)} layers²", va="center", fontsize=8)
+        axes.text(1.01, row, f"{digits(split[weight].total)} layers²", va="center", fontsize=8)
     axes.set_yticks(range(len(WEIGHTS)), [f"by {weight}" for weight in WEIGHTS])
     axes.set(ylim=(len(WEIGHTS) - 0.5, -0.5), xlim=(0, 1), xlabel="share of the layer's variance (its value: right)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f} %"))
@@ -398,8 +320,8 @@ def variance(analysis: Analysis) -> Picture | None:
         Patch(color=c, label=f"{part}: {words}") for c, (part, words) in zip(_PART_COLOURS, PARTS.items(), strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8, handlelength=1, columnspacing=1.2)
-    note = f"rel_f {_digits(published.rel_f)}, rel_t {_digits(published.rel_t)}; by event, "
-    note += f"ours: {_digits(split['event'].rel_f)}, {_digits(split['event'].rel_t)}"
+    note = f"rel_f {digits(published.rel_f)}, rel_t {digits(published.rel_t)}; by event, "
+    note += f"ours: {digits(split['event'].rel_f)}, {digits(split['event'].rel_t)}"
     figure.supxlabel(f"Published estimator (lawson2024): {note}", x=0.01, ha="left", fontsize=8, color=GREY)
     caption = (
         "Draw an active (layer, token, latent) at random: why does its layer vary? The three parts add up to its "
@@ -433,19 +355,19 @@ def similarity(analysis: Analysis) -> Picture | None:
     layers, cosines, norm = analysis.layers, analysis.similarity.to_dict(), analysis.means.to_dict()["norm"]
     if len(layers) < 2:
         return None
-    figure = _figure(2.7)
+    figure = new_figure(2.7)
     left, right = figure.subplots(1, 2)
     for name, colour in (("raw", GREY), ("centred", BLUE)):
-        _band(left, range(len(layers) - 1), cosines[name], colour)
-    _direct_label(left, [("raw", cosines["raw"]["mean"], GREY), ("centred", cosines["centred"]["mean"], BLUE)])
+        band(left, range(len(layers) - 1), cosines[name], colour)
+    direct_label(left, [("raw", cosines["raw"]["mean"], GREY), ("centred", cosines["centred"]["mean"], BLUE)])
     pairs = [f"{a}→{b}" for a, b in pairwise(layers)]
     step = -(-len(pairs) // 6)
     left.set_xticks(range(0, len(pairs), step), pairs[::step])
     left.set(xlabel="pair of layers", ylabel="cosine similarity", ylim=(min(0, left.get_ylim()[0]), 1.02))
-    _band(right, range(len(layers)), norm, BLUE)
+    band(right, range(len(layers)), norm, BLUE)
     right.set_yscale("log")
-    _plain_log(right)
-    _layer_axis(right.xaxis, layers)
+    plain_log(right)
+    layer_axis(right.xaxis, layers)
     right.set_ylabel("norm of the residual vector")
     caption = (
         "Left: cosine between a token's residual vector at one layer and at the next; “centred” subtracts each "
@@ -463,13 +385,13 @@ def quality(evaluation: Mapping[str, Any]) -> Picture:
     layers = [int(row["layer"]) for row in rows]
     curves = {"fvu": _column(rows, "fvu"), "fvu_lawson2024": _column(published, "fvu")}
     measured = "delta_ce" in rows[0]
-    figure = _figure(2.5)
+    figure = new_figure(2.5)
     left, *rest = figure.subplots(1, 1 + measured, squeeze=False)[0]
     lines = [("standard", curves["fvu"], BLUE), ("lawson2024", curves["fvu_lawson2024"], GREY)][: 1 + bool(published)]
     for _, values, colour in lines:
         left.plot(values, "o-", color=colour)
-    _direct_label(left, lines)
-    _layer_axis(left.xaxis, layers)
+    direct_label(left, lines)
+    layer_axis(left.xaxis, layers)
     left.set(ylabel="variance unexplained (FVU)", ylim=(0, None))
     caption = (
         "Share of each layer's variance that the SAE leaves unexplained: 0 is perfect, 1 no better than the mean "
@@ -489,9 +411,9 @@ def _draw_delta_ce(axes: Axes, values: list[float], layers: Sequence[int], toget
     if np.isfinite(together):
         axes.axhline(together, color=VERMILION, linestyle="--", linewidth=1.2)
         place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"all layers at once: {_digits(together)}", (0.02, together), (0, 4), color=VERMILION, **place)
+        axes.annotate(f"all layers at once: {digits(together)}", (0.02, together), (0, 4), color=VERMILION, **place)
     axes.margins(y=0.15)
-    _layer_axis(axes.xaxis, layers)
+    layer_axis(axes.xaxis, layers)
     axes.set_ylabel("Δ cross-entropy (nats per token)")
 
 
@@ -502,7 +424,7 @@ def training(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
     if not metrics:
         return None
     tokens, fvu, dead = (np.array(_column(metrics, name)) for name in ("tokens", "fvu", "dead_fraction"))
-    figure = _figure(3.2)
+    figure = new_figure(3.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     window = max(1, len(fvu) // 50)
     smooth = np.convolve(fvu, np.ones(window) / window, "valid")
@@ -514,7 +436,7 @@ def training(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
         above.legend()
     if fvu.max() > 8 * fvu.min() > 0:
         above.set_yscale("log")
-        _plain_log(above)
+        plain_log(above)
     else:
         above.set_ylim(0, None)
     above.set_ylabel("FVU (mean over layers)")
@@ -522,7 +444,7 @@ def training(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
     below.set(ylabel="dead latents", xlabel="tokens seen in training")
     below.set_ylim(0, None if np.nan_to_num(dead).max() > 0 else 0.1)
     below.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    below.xaxis.set_major_formatter(FuncFormatter(_short))
+    below.xaxis.set_major_formatter(FuncFormatter(short_count))
     figure.align_ylabels()
     caption = (
         f"Fraction of variance unexplained: thin, each report; bold, the mean of {window} of them. Below, the share "
@@ -538,73 +460,6 @@ FIGURES: tuple[Callable[[Analysis], Picture | None], ...] = (
     heatmap, spread, variance, centre_of_mass, prompt_heatmap, prompt_positions, similarity,
 )  # fmt: skip
 """The figures of an Analysis, in the order of a report."""
-
-
-# ---- parts of figures ----------------------------------------------------------------------------------------------
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(WIDTH, height), layout="constrained")
-
-
-def _height(n_layers: int) -> float:
-    """Inches for so many rows of a heatmap."""
-    return min(3.6, max(1.5, 0.11 * n_layers))
-
-
-def _layer_axis(axis: Any, layers: Sequence[int], label: str = "layer") -> None:
-    """Ticks at whole layers, at most 12 of them, named by layer id."""
-    step = _step(len(layers))
-    axis.set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axis.set_label_text(label)
-
-
-def _step(n_layers: int) -> int:
-    """A round distance that leaves at most 12 ticks."""
-    return next(step for step in (1, 2, 5, 10, 20, 50, 100, n_layers) if n_layers <= 12 * step)
-
-
-def _band(axes: Axes, x: Sequence[int], moments: Mapping[str, list[float]], colour: str) -> None:
-    """A line of means in a band of one standard deviation."""
-    mean, std = np.array(moments["mean"]), np.array(moments["std"])
-    axes.fill_between(x, np.maximum(mean - std, -1), mean + std, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, mean, "o-", color=colour)
-
-
-def _direct_label(axes: Axes, lines: Sequence[tuple[str, Sequence[float], str]]) -> None:
-    """The name of each line right of its last point, the higher line's a little higher."""
-    top = max(values[-1] for _, values, _ in lines)
-    for name, values, colour in lines:
-        if not np.isfinite(values[-1]):
-            continue
-        place: dict[str, Any] = {"textcoords": "offset points", "va": "bottom" if values[-1] == top else "top"}
-        axes.annotate(name, (len(values) - 1, values[-1]), (6, 0), color=colour, fontsize=8, **place)
-
-
-def _plain_log(axes: Axes) -> None:
-    """A log axis with plain numbers, at 1, 2 and 5 where it spans few decades."""
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, or a dash where there is no number."""
-    return f"{value:#.3g}".rstrip(".") if np.isfinite(value) else "–"
-
-
-def _power(value: float, _: object = None) -> str:
-    """A power of ten in superscript."""
-    return "10" + f"{np.log10(value):.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _short(value: float, _: object = None) -> str:
-    """12,000,000 as 12M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
 
 
 def _plain(value: Any) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mlsae import files
-from mlsae.analysis.figures import Picture, pictures, rendered, save
+from mlsae.analysis.drawing import rendered
+from mlsae.analysis.figures import Picture, pictures, save
 from mlsae.analyze import Analysis
 from mlsae.evaluate import Evaluation
 
@@ -175,10 +176,8 @@ def commands(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     named = {"SAE": folder, "LM": run.get("lm"), "TEXT": run.get("data")}
     sae, lm, data = (shlex.quote(str(value)) if value else name for name, value in named.items())
     return [
-        ("Look at single latents in a browser", f"mlsae explore {sae}"),
         ("Measure on more text", f"mlsae evaluate {sae} --lm {lm} --data {data} --tokens 1e6"),
         ("Sharpen the figures with more text", f"mlsae analyze {sae} --lm {lm} --data {data} --out DIR --tokens 1e7"),
-        ("Use it in another library", f"mlsae convert {sae} DIR --to saelens"),
         ("Use it in Python", f"sae = mlsae.MLSAE.from_pretrained({str(folder or 'SAE')!r})"),
     ]
 
