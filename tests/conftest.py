@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from tiny import save_tiny_lm  # noqa: E402
 torch.set_num_threads(1)
 
 STEP_TOKENS = 64
-TRAIN = ("--k", "4", "--expansion-factor", "2", "--tokens", "1e3", "--init-tokens", "512", "--quiet")
+TRAIN = {"--k": "4", "--expansion-factor": "2", "--tokens": "1e3", "--init-tokens": "512"}
 """A run of fifteen steps."""
 
 
@@ -63,7 +64,7 @@ def lm(lm_folder: Path) -> LanguageModel:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three splits without a document in common."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = "the cat sat on a mat while dogs ran far from every house by moon light".split()
+    words = re.findall(r"\w+", "the cat sat on a mat while dogs ran far from every house by moon light")
     for split, n_documents in {"train": 40, "validation": 8, "test": 8}.items():
         draw = random.Random(split)
         texts = (f"{split} {i}: {' '.join(draw.choices(words, k=12 + i % 9))}." for i in range(n_documents))
@@ -78,8 +79,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, lm_folder: Path, corpus: P
     from mlsae.cli import main
 
     run = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", "--lm", str(lm_folder), "--data", str(corpus), "--out", str(run), *TRAIN]) == 0
+    assert main(train_command(lm=lm_folder, data=corpus, out=run)) == 0
     return run
+
+
+def train_command(*flags: str, lm: Path, data: Path, out: str | Path) -> list[str]:
+    """The arguments of a short run; `flags` stand in for the usual ones of the same name."""
+    usual = {"--lm": str(lm), "--data": str(data), "--out": str(out)} | TRAIN
+    kept = [word for flag, value in usual.items() if flag not in flags for word in (flag, value)]
+    return ["train", *kept, "--quiet", *flags]
 
 
 def tree(folder: Path) -> dict[str, str]:

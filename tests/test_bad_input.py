@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import zeros
 
 import mlsae.hub
-from conftest import TRAIN, tree
+from conftest import train_command, tree
 from mlsae import devices, files
 from mlsae.cli import main
 
@@ -122,7 +122,9 @@ CASES = [
         "model: 'EleutherAI/pythia-70n' not found on the Hub or as a folder; did you mean 'EleutherAI/pythia-70m'",
         hub_says(hub.RepositoryNotFoundError),
     ),
-    Case("1 no such folder", "--lm ./no-such-folder", 6, "model: './no-such-folder' not found on the Hub or as a folder"),
+    Case(
+        "1 no such folder", "--lm ./no-such-folder", 6, "model: './no-such-folder' not found on the Hub or as a folder"
+    ),
     Case(
         "2 LM offline",
         "--lm org/lm",
@@ -132,9 +134,23 @@ CASES = [
     Case("3 LM gated", "--lm org/lm", 6, "model: 'org/lm' is gated; .*'hf auth login'", hub_says(hub.GatedRepoError)),
     Case("3 LM private", "--lm o/p", 6, "model: 'o/p'.*'hf auth login'", hub_says(hub.RepositoryNotFoundError)),
     Case("4 BERT", "--lm bad", 6, "model: 'bad' is BertForMaskedLM, not a causal language model", folder_holds(BERT)),
-    Case("4 T5", "--lm bad", 6, "model: 'bad' is T5ForConditionalGeneration, not a causal language model", folder_holds(T5)),
-    Case("5 unsupported", "--lm bad", 6, "model: 'bad' is of type 'novel'.* supported", folder_holds({"model_type": "novel"})),
-    Case("6 remote code", "--lm bad", 6, "model: 'bad' needs code from its repository; not supported", folder_holds(CODE)),
+    Case(
+        "4 T5",
+        "--lm bad",
+        6,
+        "model: 'bad' is T5ForConditionalGeneration, not a causal language model",
+        folder_holds(T5),
+    ),
+    Case(
+        "5 unsupported",
+        "--lm bad",
+        6,
+        "model: 'bad' is of type 'novel'.* supported",
+        folder_holds({"model_type": "novel"}),
+    ),
+    Case(
+        "6 remote code", "--lm bad", 6, "model: 'bad' needs code from its repository; not supported", folder_holds(CODE)
+    ),
     Case(
         "7 pickle weights",
         "--lm bad",
@@ -176,7 +192,12 @@ CASES = [
     Case("17 steps", "--save-every-steps 0", 2, "save_every_steps: 0 given; must be at least 1"),
     Case("18 less than a step", "--tokens 10", 2, r"tokens: 10 tokens is less than one step \(64\)"),
     Case("19 context too long", "--context-length 4096", 2, "context_length: 4096 exceeds the model's 64"),
-    Case("20 dead at once", "--dead-after-tokens 1", 2, "dead_after_tokens: 1 is less than one step .*dead at once; use at least 64"),
+    Case(
+        "20 dead at once",
+        "--dead-after-tokens 1",
+        2,
+        "dead_after_tokens: 1 is less than one step .*dead at once; use at least 64",
+    ),
     Case(
         "21 unknown key",
         "--config config.yaml",
@@ -184,19 +205,74 @@ CASES = [
         "unknown key 'expasion_factor'; did you mean 'expansion_factor'?",
         config_holds("expasion_factor: 2\n"),
     ),
-    Case("21 unknown flag", "--expasion-factor 2", 2, "unknown flag '--expasion-factor'; did you mean '--expansion-factor'?"),
-    Case("22 text for a number", "--config config.yaml", 2, "k: '32' given; must be a.* integer", config_holds('k: "32"\n')),
-    Case("22 true for a number", "--config config.yaml", 2, "k: True given; must be a.* integer", config_holds("k: true\n")),
-    Case("22 number for a switch", "--config config.yaml", 2, "repeat: 1 given; must be .*bool", config_holds("repeat: 1\n")),
+    Case(
+        "21 unknown flag",
+        "--expasion-factor 2",
+        2,
+        "unknown flag '--expasion-factor'; did you mean '--expansion-factor'?",
+    ),
+    Case(
+        "22 text for a number",
+        "--config config.yaml",
+        2,
+        "k: '32' given; must be a.* integer",
+        config_holds('k: "32"\n'),
+    ),
+    Case(
+        "22 true for a number",
+        "--config config.yaml",
+        2,
+        "k: True given; must be a.* integer",
+        config_holds("k: true\n"),
+    ),
+    Case(
+        "22 number for a switch",
+        "--config config.yaml",
+        2,
+        "repeat: 1 given; must be .*bool",
+        config_holds("repeat: 1\n"),
+    ),
     Case("22 word for a number", "--k many", 2, "k: 'many' given; must be a whole number"),
     Case("22 fraction for a count", "--tokens 1.5", 2, "tokens: 1.5 given; must be a.* integer"),
     Case("23 config missing", "--config nowhere.yaml", 2, "nowhere.yaml: no such file"),
-    Case("23 config empty", "--config config.yaml", 2, "config.yaml: line 1, column 1: the file is empty", config_holds("")),
-    Case("23 config of blanks", "--config config.yaml", 2, "config.yaml: line 1, column 1", config_holds(" \n# nothing\n")),
-    Case("23 config no YAML", "--config config.yaml", 2, "config.yaml: line 2, column 2: ", config_holds("k: 4\n{\n")),
-    Case("23 config no mapping", "--config config.yaml", 2, "config.yaml: line 1, column 1: holds a list", config_holds("- k\n")),
-    Case("23 key twice", "--config config.yaml", 2, "config.yaml: line 3, column 1: key 'k' stands twice", config_holds("k: 4\nlr: 1e-3\nk: 5\n")),
-    Case("23 BOM", "--config config.yaml", 2, "config.yaml: line 1, column 1: .*byte-order mark", config_holds(b"\xef\xbb\xbfk: 4\n")),
+    Case(
+        "23 config empty",
+        "--config config.yaml",
+        2,
+        "config.yaml: line 1, column 1: the file is empty",
+        config_holds(""),
+    ),
+    Case(
+        "23 config of blanks",
+        "--config config.yaml",
+        2,
+        "config.yaml: line 1, column 1",
+        config_holds(" \n# nothing\n"),
+    ),
+    Case(
+        "23 config no YAML", "--config config.yaml", 2, r"config.yaml: line \d, column \d: ", config_holds("k: 4\n{\n")
+    ),
+    Case(
+        "23 config no mapping",
+        "--config config.yaml",
+        2,
+        "config.yaml: line 1, column 1: holds a list",
+        config_holds("- k\n"),
+    ),
+    Case(
+        "23 key twice",
+        "--config config.yaml",
+        2,
+        "config.yaml: line [13], column 1: key 'k' stands twice",
+        config_holds("k: 4\nlr: 1e-3\nk: 5\n"),
+    ),
+    Case(
+        "23 BOM",
+        "--config config.yaml",
+        2,
+        "config.yaml: line 1, column 1: .*byte-order mark",
+        config_holds(b"\xef\xbb\xbfk: 4\n"),
+    ),
     Case("23 not UTF-8", "--config config.yaml", 2, "config.yaml: byte 3: not UTF-8", config_holds(b"lm: \xff\n"[1:])),
     Case(
         "23 config runs nothing",
@@ -205,7 +281,9 @@ CASES = [
         "config.yaml: line 1, column 4: ",
         config_holds("k: !!python/object/apply:os.system ['touch ran']\n"),
     ),
-    Case("37 precision", "--precision float16", 2, "precision: float16 is not supported on CPU; use float32 or bfloat16"),
+    Case(
+        "37 precision", "--precision float16", 2, "precision: float16 is not supported on CPU; use float32 or bfloat16"
+    ),
     Case("37 LM dtype", "--lm-dtype float16", 2, "lm_dtype: float16 is not supported on CPU; use float32 or bfloat16"),
     Case("38 no such GPU", "--device cuda:99", 2, "device: 'cuda:99' is not here; this machine has cpu"),
     Case("38 no such kind", "--device abacus", 2, "device: 'abacus' is not here; this machine has cpu"),
@@ -220,16 +298,20 @@ CASES = [
         r"out: 3 checkpoints need \S+ GB; \S+ GB free at out",
         little_disk,
     ),
-    Case("41 another config", "--out run --k 3", 4, r"run: holds a run with another config \(k 4 -> 3\); choose another --out", a_run),
+    Case(
+        "41 another config",
+        "--out run --k 3",
+        4,
+        r"run: holds a run with another config \(k 4 -> 3\); choose another --out",
+        a_run,
+    ),
     Case("41 the same config", "--out run", 4, "run: holds this run already; add --resume", a_run),
     Case("42 nothing to resume", "--resume", 4, "out: no checkpoint in it"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_folder: Path, corpus: Path, trained: Path
-) -> Place:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_folder: Path, corpus: Path, trained: Path) -> Place:
     """An empty workspace, which is the current folder."""
     monkeypatch.chdir(tmp_path)
     return Place(tmp_path, lm_folder, corpus, trained, monkeypatch)
@@ -238,13 +320,11 @@ def place(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.row)
 def test_bad_input(case: Case, place: Place, capsys: pytest.CaptureFixture[str]):
     case.prepare(place)
-    usual = {"--lm": str(place.lm), "--data": str(place.corpus), "--out": "out"}
-    given = case.flags.split()
-    kept = [word for flag, value in usual.items() if flag not in given for word in (flag, value)]
+    command = train_command(*case.flags.split(), lm=place.lm, data=place.corpus, out="out")
     before = tree(place.work)
     capsys.readouterr()
     started = time.monotonic()
-    code = main(["train", *kept, *TRAIN, *given])
+    code = main(command)
     seconds = time.monotonic() - started
     shown = capsys.readouterr().err
     assert code == case.code, shown

@@ -224,7 +224,7 @@ class MLSAEConfig(DictionaryFields):
         d_model, groups = values["d_model"], values.get("groups", 1)
         n_latents, factor = values.get("n_latents"), values.get("expansion_factor")
         if n_latents is None:
-            n_latents = latents_in(d_model, 16 if factor is None else factor) * groups
+            n_latents = latents_in(d_model, 16.0 if factor is None else float(factor)) * groups
         if not isinstance(n_latents, int) or n_latents % groups or d_model < 1:
             raise ConfigError("n_latents", f"{n_latents} does not split into {groups} groups; choose a multiple")
         if factor is not None and not math.isclose(n_latents, factor * d_model * groups):

@@ -15,7 +15,7 @@ from mlsae import devices, files
 from mlsae.checkpoint import Checkpoint, RunDirectory
 from mlsae.config import TrainConfig, resolve, sae_config
 from mlsae.data import TextSource, TokenBlocks, pack
-from mlsae.errors import Interrupted
+from mlsae.errors import DataError, Interrupted, NumericsError
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.metrics import ReconstructionSums
 from mlsae.reading import check_pair, read
@@ -107,6 +107,8 @@ class Loop:
         self.step_tokens = self.batch * self.accumulation * self.context
         self.n_steps = config.tokens // self.step_tokens
         self.blocks = pack_split(config, lm, config.split, progress=progress)
+        if (largest := self.blocks.info.max_token_id) >= lm.d_vocab:
+            raise DataError("data", f"holds token {largest}; {lm.name} has {lm.d_vocab} tokens; use its own tokenizer")
         if not config.repeat:
             self.n_steps = min(self.n_steps, len(self.blocks) // (self.batch * self.accumulation))
         torch.manual_seed(config.seed)
@@ -130,11 +132,7 @@ class Loop:
         report = None
         try:
             for step in range(self.trainer.steps + 1, self.n_steps + 1):
-                for tokens in self._micro_batches():
-                    reading = read(self.lm, self.trainer.sae, tokens)
-                    self.trainer.accumulate(reading.to_train(self.trainer.sae))
-                    self.over_norm += reading.over_norm.cpu()
-                report = self.trainer.update()
+                report = self._step()
                 reporter.report(report, self.step_tokens, self._extra(step), last=step == self.n_steps)
                 if step % (self.config.save_every_steps or 1) == 0 or step == self.n_steps or self.stop.asked:
                     self._save()
@@ -143,6 +141,22 @@ class Loop:
             return report
         finally:
             reporter.close()
+
+    def _step(self) -> StepReport:
+        """Read a step's text and learn from it; one that is not finite is undone, the state before it saved, the run ended."""
+        before = self.position, self.over_norm.clone()
+        try:
+            for tokens in self._micro_batches():
+                reading = read(self.lm, self.trainer.sae, tokens)
+                self.trainer.accumulate(reading.to_train(self.trainer.sae))
+                self.over_norm += reading.over_norm.cpu()
+            return self.trainer.update()
+        except NumericsError as error:
+            sequences = f"{before[0]} to {self.position - 1}"
+            self.position, self.over_norm = before
+            if self.trainer.steps:
+                self._save()
+            raise NumericsError(error.field, f"{error.problem} (sequences {sequences} of the data)") from error
 
     def summary(self, report: StepReport | None, seconds: float) -> Run:
         """The finished run in numbers."""
@@ -275,6 +289,7 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+        log.warning("stopping after this step; a second signal stops at once")
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

@@ -1,0 +1,580 @@
+"""The door to the disk: old or new and never a mix, one writer, and nothing read that was not checked."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mlsae import files
+from mlsae.errors import ConfigError, MlsaeError, ModelError, ResourceError
+
+torch.set_num_threads(1)
+
+
+def contents(folder):
+    """Every file below a folder, hidden ones too, with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refuse_call(monkeypatch, name, code=errno.EIO, at=1):
+    """Make the at-th call of `os.name` fail."""
+    real, calls = getattr(os, name), []
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    for text in ("old", "naïve 🙂"):
+        files.write_text(path, text)
+        assert contents(tmp_path) == {"new/folder/a.txt": text.encode()}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+def test_a_write_that_fails_keeps_the_old_bytes(tmp_path, monkeypatch, call, code):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    refuse_call(monkeypatch, call, code)
+    with pytest.raises(ResourceError, match=r"a\.txt"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch, call):
+    """Outside a run directory nobody sweeps."""
+    refuse_call(monkeypatch, call)
+    with pytest.raises(ResourceError):
+        files.write_text(tmp_path / "a.txt", "new")
+    assert contents(tmp_path) == {}
+
+
+def test_the_disk_fills_up_while_bytes_are_written(tmp_path):
+    """A real file-size limit: the kernel itself refuses, half-way through the bytes."""
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+from mlsae import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    files.write_bytes(Path({str(tmp_path / "a")!r}), b"new" * 1000)
+except files.ResourceError as error:
+    print(error)
+"""
+    files.write_text(tmp_path / "a", "old")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+def test_bytes_are_durable_before_their_name_is(tmp_path, monkeypatch):
+    """fsync of the file, then the rename, then fsync of the folder: in another order a crash can lose what was reported as written."""
+    log = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (log.append("replace"), replace(a, b)))
+    files.write_text(tmp_path / "a.txt", "new")
+    assert log == [f".tmp-a.txt-{os.getpid()}", "replace", tmp_path.name]
+
+
+def test_json_is_written_without_nan_and_keeps_its_order(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": float("nan"), "a": [float("inf"), 1.5, {"c": -float("inf")}]})
+    value = files.read_json(tmp_path / "a.json")
+    assert list(value) == ["b", "a"]
+    assert value == {"b": None, "a": [None, 1.5, {"c": None}]}
+
+
+def test_canonical_json_is_one_spelling():
+    assert files.canonical_json({"b": 1, "a": 2}) == files.canonical_json({"a": 2, "b": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.canonical_json(float("nan"))
+
+
+def test_a_staged_directory_appears_whole(tmp_path):
+    with files.staged_directory(tmp_path / "step") as staged:
+        files.write_text(staged / "sub" / "a.txt", "new")
+        assert not (tmp_path / "step").exists()
+    assert contents(tmp_path) == {"step/sub/a.txt": b"new"}
+
+
+def test_a_staged_directory_takes_the_place_of_an_old_one(tmp_path):
+    for text in ("old", "new"):
+        with files.staged_directory(tmp_path / "step") as staged:
+            files.write_text(staged / f"{text}.txt", text)
+    assert contents(tmp_path) == {"step/new.txt": b"new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_staged_directory_that_fails_leaves_the_old_one(tmp_path, error):
+    files.write_text(tmp_path / "step" / "a.txt", "old")
+    with pytest.raises(error), files.staged_directory(tmp_path / "step") as staged:
+        files.write_text(staged / "a.txt", "new")
+        raise error
+    assert contents(tmp_path) == {"step/a.txt": b"old"}
+
+
+def test_a_staged_directory_is_synced_before_its_rename(tmp_path, monkeypatch):
+    """Without the sync of the staged folder's entries, a save already reported as done can be lost."""
+    log = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (log.append("rename"), rename(a, b)))
+    with files.staged_directory(tmp_path / "step") as staged:
+        with files.new_file(staged / "a.bin") as file:
+            file.write(b"new")
+    assert log == ["a.bin", f".tmp-step-{os.getpid()}", "rename", tmp_path.name]
+
+
+def test_remove_takes_files_folders_and_links_but_not_what_links_lead_to(tmp_path):
+    files.write_text(tmp_path / "kept" / "a.txt", "kept")
+    files.write_text(tmp_path / "folder" / "a.txt", "gone")
+    files.write_text(tmp_path / "file", "gone")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("folder", "file", "link", "broken", "never there"):
+        files.remove(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept"]
+    assert contents(tmp_path) == {"kept/a.txt": b"kept"}
+
+
+def test_sweep_removes_what_a_crash_left_and_nothing_else(tmp_path):
+    for name in (".tmp-step-1/a", ".trash-step-2/b", ".tmp-config.json-3", ".hidden", "step-1/a"):
+        files.write_text(tmp_path / name, name)
+    files.sweep(tmp_path)
+    assert set(contents(tmp_path)) == {".hidden", "step-1/a"}
+
+
+def test_a_full_disk_is_said_in_words(tmp_path):
+    with pytest.raises(ResourceError, match=r"disk full with \d+ MB free.*--resume") as caught, files.disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(tmp_path) in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_other_errors_pass_through_disk_errors(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.disk_errors(tmp_path):
+        raise ZeroDivisionError
+
+
+# ---- places --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["there", "new", "new/and/deep"])
+def test_a_probe_leaves_nothing_behind(tmp_path, name):
+    (tmp_path / "there").mkdir()
+    files.probe_writable(tmp_path / name)
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_probe_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="Not a directory"):
+        files.probe_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_probe_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, code):
+    def refuse(path, data):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(ResourceError, match=str(tmp_path)):
+        files.probe_writable(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_is_too_long_is_refused_in_words(tmp_path):
+    """Row 39. `Path.exists` itself raises for such a name."""
+    with pytest.raises(ResourceError, match="File name too long"):
+        files.probe_writable(tmp_path / ("x" * 300))
+
+
+def test_free_space_of_a_folder_not_made_yet(tmp_path):
+    assert files.free_bytes(tmp_path / "not" / "yet") == pytest.approx(files.free_bytes(tmp_path), rel=0.1)
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLSAE_CACHE", str(tmp_path))
+    assert files.cache_directory() == tmp_path
+    monkeypatch.setenv("MLSAE_CACHE", "")
+    assert files.cache_directory() == Path.home() / ".cache" / "mlsae"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "sub/a.txt", "sub/../a.txt", "..a", "a..", "%2e%2e/a", r"..\a"])
+def test_names_inside_a_folder(tmp_path, name):
+    assert files.contained(tmp_path, name).is_relative_to(tmp_path.resolve())
+
+
+@pytest.mark.parametrize("name", ["..", "../a", "sub/../../a", "/etc/passwd", "link/a", "a\0b", "../root-sibling/a"])
+def test_names_that_lead_out_of_a_folder(tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to("/etc")
+    with pytest.raises(ResourceError, match="leads outside"):
+        files.contained(root, name)
+
+
+# ---- one writer ----------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mlsae.files import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of `tmp_path`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_writer_is_told_who_the_first_is_until_it_dies(tmp_path, holder):
+    """The kernel frees the lock of a process killed outright: it is never stale."""
+    for _ in range(2):  # a refused start must not wipe out the name either
+        with pytest.raises(ResourceError, match=rf"in use by pid {holder.pid} on {os.uname().nodename} since \d\d\d\d"):
+            files.RunLock(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    lock = files.RunLock(tmp_path)
+    assert f"pid {os.getpid()} " in (tmp_path / "run.lock").read_text()
+    lock.release()
+
+
+def test_a_released_lock_is_free(tmp_path):
+    for _ in range(3):
+        files.RunLock(tmp_path).release()
+
+
+def test_a_lock_file_removed_while_waiting_locks_nobody_out_and_lets_nobody_in(tmp_path, monkeypatch):
+    """Between open and flock the holder may give up a new folder, lock file and all: a lock on the removed file is no lock."""
+    first = files.RunLock(tmp_path)
+    real = files.fcntl.flock
+
+    def give_up_first(file, how):
+        monkeypatch.setattr(files.fcntl, "flock", real)
+        (tmp_path / "run.lock").unlink()
+        first.release()
+        real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", give_up_first)
+    try:
+        second = files.RunLock(tmp_path)
+    except ResourceError:
+        return
+    with pytest.raises(ResourceError, match="in use by"):
+        files.RunLock(tmp_path)
+    second.release()
+
+
+# ---- lines ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines_come_back_and_are_forgotten_to_a_noted_length(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = files.JsonLines(path)
+    lines.append({"step": 1, "loss": float("nan")})
+    length = lines.sync()
+    assert length == path.stat().st_size
+    lines.append({"step": 2})
+    lines.truncate(length)
+    lines.append({"step": 3})
+    lines.close()
+    assert files.read_jsonl(path) == [{"step": 1, "loss": None}, {"step": 3}]
+
+
+def test_lines_are_on_disk_as_soon_as_they_are_appended(tmp_path):
+    lines = files.JsonLines(tmp_path / "a")
+    lines.append({"step": 1})
+    assert files.read_jsonl(tmp_path / "a") == [{"step": 1}]
+    lines.close()
+
+
+def test_an_opened_file_goes_on_where_it_ended(tmp_path):
+    for step in (1, 2):
+        lines = files.JsonLines(tmp_path / "a")
+        lines.append({"step": step})
+        assert lines.sync() == (tmp_path / "a").stat().st_size
+        lines.close()
+    assert [line["step"] for line in files.read_jsonl(tmp_path / "a")] == [1, 2]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "a").write_text('{"step": 1}\n{"st')
+    assert files.read_jsonl(tmp_path / "a") == [{"step": 1}]
+
+
+def test_a_file_that_lost_lines_is_not_padded_with_zero_bytes(tmp_path):
+    """Truncating to a noted length may not lengthen a file that was cut or deleted meanwhile."""
+    lines = files.JsonLines(tmp_path / "a")
+    lines.append({"step": 1})
+    lines.truncate(1000)
+    lines.append({"step": 2})
+    lines.close()
+    assert b"\0" not in (tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("call", ["append", "sync"])
+def test_lines_on_a_full_disk_are_refused_in_words(tmp_path, monkeypatch, call):
+    """/dev/full refuses every write as a full disk does."""
+    lines = files.JsonLines(Path("/dev/full") if call == "append" else tmp_path / "a")
+    refuse_call(monkeypatch, "fsync", errno.ENOSPC)
+    with pytest.raises(ResourceError, match="disk full"):
+        lines.append({"step": 1}) if call == "append" else lines.sync()
+    try:
+        lines.close()
+    except (OSError, ResourceError):
+        lines._file.detach() if not lines._file.closed else None
+
+
+def test_a_folder_that_cannot_hold_lines(tmp_path):
+    with pytest.raises(ResourceError, match="No such file"):
+        files.JsonLines(tmp_path / "nowhere" / "a")
+
+
+# ---- reading JSON and YAML -------------------------------------------------------------------------------------------
+
+BAD_JSON = {
+    "duplicate": ('{"a": 1, "a": 2}', "key 'a' stands twice"),
+    "duplicate deep": ('[{"b": {"a": 1, "a": 2}}]', "key 'a' stands twice"),
+    "BOM": ("\ufeff{}", "line 1, column 1: starts with a byte-order mark"),
+    "empty": ("", "line 1, column 1: the file is empty"),
+    "white": (" \n\t\n", "line 1, column 1: the file is empty"),
+    "not JSON": ('{\n  "a": 1,\n  oops\n}', "line 3, column 3: not JSON"),
+    "cut short": ('{"a": [1, 2', "line 1, column 12: not JSON"),
+    "two values": ("{}\n{}", "line 2, column 1: not JSON"),
+    "too deep": ("[" * 33 + "]" * 33, "nested deeper than 32"),
+    "too long": (json.dumps("x" * (1 << 20)), "1048578 bytes; at most 1048576"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_bad_json_is_refused_with_its_place(tmp_path, kind):
+    text, message = BAD_JSON[kind]
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        files.read_json(tmp_path / "a.json")
+    assert caught.value.field == str(tmp_path / "a.json")
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_offset(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
+    for read in (files.read_json, files.read_yaml):
+        with pytest.raises(ConfigError, match="byte 7: not UTF-8"):
+            read(tmp_path / "a.json")
+
+
+def test_a_folder_or_nothing_at_all_is_no_json(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="no such file"):
+            files.read_json(path)
+
+
+@pytest.mark.parametrize("depth", [*range(33, 1100, 97), 5_000, 100_000])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_of_any_depth_is_refused_and_not_a_crash(opening, depth):
+    closing = {"[": "]", '{"a":': "}"}[opening]
+    with pytest.raises(ConfigError, match="nested deeper"):
+        files.parse_json(opening * depth + "1" + closing * depth, Path("a.json"))
+
+
+def test_json_at_the_limit_of_depth(tmp_path):
+    files.parse_json("[" * 32 + "]" * 32, Path("a.json"))
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.read_yaml])
+def test_many_keys_take_time_in_proportion(tmp_path, read):
+    """A file within the size limit must not stop the process for minutes: 100,000 keys fit."""
+    n = {files.read_json: 10_000, files.read_yaml: 3_000}[read]
+    seconds = []
+    for size in (n // 4, n):
+        (tmp_path / "a").write_text("{" + ", ".join(f'"k{i:06d}": 1' for i in range(size)) + "}")
+        started = time.process_time()
+        assert len(read(tmp_path / "a")) == size
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 8 * seconds[0] + 0.05
+
+
+def test_yaml_numbers_are_numbers(tmp_path):
+    (tmp_path / "a.yaml").write_text("tokens: 1e8\nlr: 2e-4\nk: 32\nbig: 1.5E+3\nneg: -1e3\ntext: e8\nname: '1e8'\n")
+    values = files.read_yaml(tmp_path / "a.yaml")
+    assert values == {"tokens": 1e8, "lr": 2e-4, "k": 32, "big": 1500.0, "neg": -1000.0, "text": "e8", "name": "1e8"}
+
+
+def test_json_is_yaml(tmp_path):
+    value = {"tokens": 1e8, "layers": [0, 2], "lm": None, "repeat": False, "text": "naïve: 🙂"}
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_yaml(tmp_path / "a.json") == value
+
+
+BAD_YAML = {
+    "duplicate": ("a: 1\nb: 2\na: 3\n", r"line [13], column 1: key 'a' stands twice"),
+    "duplicate deep": ("x:\n  a: 1\n  a: 3\n", r"line [23], column 3: key 'a' stands twice"),
+    "object": ("a: !!python/object/apply:os.system ['true']\n", "line 1, column 4: could not determine a constructor"),
+    "name": ("a: !!python/name:os.system\n", "line 1, column 4: could not determine a constructor"),
+    "own tag": ("a: !thing 3\n", "line 1, column 4: could not determine a constructor"),
+    "list": ("- a\n- b\n", "line 1, column 1: holds a list"),
+    "text": ("just words\n", "line 1, column 1: holds a text"),
+    "comment": ("# nothing here\n", "line 1, column 1: holds nothing"),
+    "tab": ("a:\n\tb: 1\n", "line 2, column 1"),
+    "open": ("a: [1, 2\n", "line 2, column 1"),
+    "two documents": ("a: 1\n---\nb: 2\n", "line 2, column 1"),
+    "unhashable key": ("? [a, b]\n: 1\n", "unhashable"),
+    "empty": ("", "line 1, column 1: the file is empty"),
+    "BOM": ("\ufeffa: 1\n", "byte-order mark"),
+    "control": ("a: \x07\n", "not YAML"),
+    "deep": ("a: " + "[" * 5000 + "]" * 5000 + "\n", "not YAML|nested deeper"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_YAML)
+def test_bad_yaml_is_refused_with_its_place(tmp_path, kind):
+    text, message = BAD_YAML[kind]
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        files.read_yaml(tmp_path / "a.yaml")
+
+
+# ---- reading tensors -------------------------------------------------------------------------------------------------
+
+EXPECTED = {"W": (torch.float32, (3, 2)), "n": (torch.int64, (2,))}
+
+
+def good_tensors():
+    return {"W": torch.arange(6.0).reshape(3, 2), "n": torch.tensor([1, 2])}
+
+
+def test_tensors_come_back_exactly(tmp_path):
+    tensors = {**good_tensors(), "b": torch.tensor([True]), "u": torch.arange(5, dtype=torch.uint8), "h": torch.ones(2).bfloat16()}
+    tensors["t"] = torch.arange(6.0).reshape(2, 3).T  # not contiguous
+    tensors["s"] = torch.tensor(3.0)
+    tensors["e"] = torch.empty(0, 4)
+    files.save_tensors(tmp_path / "a", tensors)
+    found = files.load_tensors(tmp_path / "a")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], tensors[k]) and found[k].dtype == tensors[k].dtype for k in tensors)
+
+
+BAD_TENSORS = {
+    "missing": (lambda t: t.pop("n"), "tensor 'n' is missing"),
+    "unknown": (lambda t: t.update(extra=torch.ones(1)), "tensor 'extra' is unknown"),
+    "renamed": (lambda t: t.update(w=t.pop("W")), "tensor 'W' is missing"),
+    "reshaped": (lambda t: t.update(W=t["W"].T.contiguous()), r"tensor 'W' has shape \[2, 3\]; config.json needs \[3, 2\]"),
+    "flattened": (lambda t: t.update(W=t["W"].flatten()), r"tensor 'W' has shape \[6\]"),
+    "recast": (lambda t: t.update(W=t["W"].double()), "tensor 'W' is F64; it must be F32"),
+    "half": (lambda t: t.update(W=t["W"].bfloat16()), "tensor 'W' is BF16; it must be F32"),
+    "integers": (lambda t: t.update(n=t["n"].int()), "tensor 'n' is I32; it must be I64"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_tensors_that_are_not_the_expected_ones_are_named(tmp_path, kind):
+    change, message = BAD_TENSORS[kind]
+    tensors = good_tensors()
+    change(tensors)
+    save_file(tensors, tmp_path / "a")
+    with pytest.raises(ModelError, match=message):
+        files.load_tensors(tmp_path / "a", EXPECTED)
+
+
+def header(value, data=b"", length=None):
+    """A safetensors file with any header, true or not."""
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+LIES = {
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "header of nothing": b"\0" * 8,
+    "header 2^63": header(b"{}", length=2**63),
+    "header 2^64 - 1": header(b"{}", length=2**64 - 1),
+    "header longer than the file": header(b"{}", length=3),
+    "header shorter than itself": header({"W": ONE}, b"\0" * 4, length=5),
+    "not JSON": header(b"{oops}"),
+    "a list": header(b"[]"),
+    "not UTF-8": header(b'{"\xff": 1}'),
+    "deep": header(b'{"a":' * 2000 + b"1" + b"}" * 2000),
+    "pickle": b"\x80\x04\x95\x1d\x00\x00\x00\x00" + b"\x00\x00\x00\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
+    "zip": b"PK\x03\x04" + b"\0" * 60,
+    "cut short": header({"W": ONE}, b"\0" * 3),
+    "trailing bytes": header({"W": ONE}, b"\0" * 5),
+    "hole": header({"W": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 8),
+    "overlap": header({"W": ONE, "V": {**ONE, "data_offsets": [0, 4]}}, b"\0" * 4),
+    "backwards": header({"W": {**ONE, "data_offsets": [4, 0]}}, b"\0" * 4),
+    "negative shape": header({"W": {**ONE, "shape": [-1]}}, b"\0" * 4),
+    "float shape": header({"W": {**ONE, "shape": [1.0]}}, b"\0" * 4),
+    "huge shape": header({"W": {**ONE, "shape": [2**40, 2**40]}}, b"\0" * 4),
+    "overflowing shape": header({"W": {**ONE, "shape": [2**62, 4]}}, b"\0" * 4),
+    "unknown dtype": header({"W": {**ONE, "dtype": "F99"}}, b"\0" * 4),
+    "half a byte": header({"W": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, b"\0" * 4),
+    "no dtype": header({"W": {"shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+    "metadata of numbers": header({"__metadata__": {"a": 1}, "W": ONE}, b"\0" * 4),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_file_that_lies_about_itself_is_refused(tmp_path, kind):
+    """With or without a list of what is expected, never anything but our own error."""
+    (tmp_path / "a").write_bytes(LIES[kind])
+    for expected in (None, {"W": (torch.float32, (1,))}):
+        with pytest.raises(MlsaeError, match=str(tmp_path)):
+            files.load_tensors(tmp_path / "a", expected)
+
+
+def test_a_header_too_large_to_be_true_is_refused_from_its_size(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        file.write((200 << 20).to_bytes(8, "little"))
+        file.truncate(300 << 20)  # sparse
+    with pytest.raises(ModelError, match="header of"):
+        files.load_tensors(tmp_path / "a")
+
+
+def test_no_file_no_tensors(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match="no such file"):
+            files.load_tensors(path)
+
+
+def test_random_damage_gives_an_error_or_tensors_of_the_right_shape(tmp_path):
+    files.save_tensors(tmp_path / "good", good_tensors())
+    good = (tmp_path / "good").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        place, bit = (int(torch.randint(n, (1,), generator=generator)) for n in (len(good), 8))
+        bad = bytearray(good)
+        bad[place] ^= 1 << bit
+        (tmp_path / "bad").write_bytes(bad)
+        try:
+            found = files.load_tensors(tmp_path / "bad", EXPECTED)
+        except ModelError:
+            continue
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == EXPECTED
