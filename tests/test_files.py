@@ -90,7 +90,9 @@ def test_bytes_are_durable_before_their_name_is(tmp_path, monkeypatch):
     """fsync of the file, then the rename, then fsync of the folder: in another order a crash can lose what was reported as written."""
     log = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: (log.append("replace"), replace(a, b)))
     files.write_text(tmp_path / "a.txt", "new")
     assert log == [f".tmp-a.txt-{os.getpid()}", "replace", tmp_path.name]
@@ -136,7 +138,9 @@ def test_a_staged_directory_is_synced_before_its_rename(tmp_path, monkeypatch):
     """Without the sync of the staged folder's entries, a save already reported as done can be lost."""
     log = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: (log.append("rename"), rename(a, b)))
     with files.staged_directory(tmp_path / "step") as staged:
         with files.new_file(staged / "a.bin") as file:
@@ -164,7 +168,10 @@ def test_sweep_removes_what_a_crash_left_and_nothing_else(tmp_path):
 
 
 def test_a_full_disk_is_said_in_words(tmp_path):
-    with pytest.raises(ResourceError, match=r"disk full with \d+ MB free.*--resume") as caught, files.disk_errors(tmp_path):
+    with (
+        pytest.raises(ResourceError, match=r"disk full with \d+ MB free.*--resume") as caught,
+        files.disk_errors(tmp_path),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(tmp_path) in str(caught.value)
     assert caught.value.exit_code == 4
@@ -472,7 +479,12 @@ def good_tensors():
 
 
 def test_tensors_come_back_exactly(tmp_path):
-    tensors = {**good_tensors(), "b": torch.tensor([True]), "u": torch.arange(5, dtype=torch.uint8), "h": torch.ones(2).bfloat16()}
+    tensors = {
+        **good_tensors(),
+        "b": torch.tensor([True]),
+        "u": torch.arange(5, dtype=torch.uint8),
+        "h": torch.ones(2).bfloat16(),
+    }
     tensors["t"] = torch.arange(6.0).reshape(2, 3).T  # not contiguous
     tensors["s"] = torch.tensor(3.0)
     tensors["e"] = torch.empty(0, 4)
@@ -486,7 +498,10 @@ BAD_TENSORS = {
     "missing": (lambda t: t.pop("n"), "tensor 'n' is missing"),
     "unknown": (lambda t: t.update(extra=torch.ones(1)), "tensor 'extra' is unknown"),
     "renamed": (lambda t: t.update(w=t.pop("W")), "tensor 'W' is missing"),
-    "reshaped": (lambda t: t.update(W=t["W"].T.contiguous()), r"tensor 'W' has shape \[2, 3\]; config.json needs \[3, 2\]"),
+    "reshaped": (
+        lambda t: t.update(W=t["W"].T.contiguous()),
+        r"tensor 'W' has shape \[2, 3\]; config.json needs \[3, 2\]",
+    ),
     "flattened": (lambda t: t.update(W=t["W"].flatten()), r"tensor 'W' has shape \[6\]"),
     "recast": (lambda t: t.update(W=t["W"].double()), "tensor 'W' is F64; it must be F32"),
     "half": (lambda t: t.update(W=t["W"].bfloat16()), "tensor 'W' is BF16; it must be F32"),

@@ -7,7 +7,6 @@ Counts are int64, sums float64, on the CPU, so the same codes give the same bits
 
 import math
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from mlsae.analysis.events import Events, find_events, sums_by
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, did_you_mean
 from mlsae.files import load_tensors, save_tensors
 
@@ -192,7 +192,7 @@ class LayerStatistics:
         sequence = torch.zeros(n_tokens, dtype=torch.int64) if sequence is None else sequence.cpu()
         if len(sequence) != n_tokens:
             raise DataError("sequence", f"names the sequence of {len(sequence)} tokens; the code holds {n_tokens}")
-        events = _find_events(values, indices, self.n_latents)
+        events = find_events(values, indices, self.n_latents)
         self._tokens += n_tokens
         self._add_sums(events)
         self._add_shapes(events)
@@ -289,7 +289,7 @@ class LayerStatistics:
     def _layer_sums(self, weight: str) -> Tensor:
         return {"mass": self.totals, "event": self.shares, "count": self.counts}[weight]
 
-    def _add_sums(self, events: "_Events") -> None:
+    def _add_sums(self, events: "Events") -> None:
         cell = events.layer * self.n_latents + events.latent[events.event]
         for name, within in zip(WEIGHTS, self.within, strict=True):
             weight, spread = events.weighted(name)
@@ -297,119 +297,38 @@ class LayerStatistics:
             _add_at(within, events.latent, spread)
         _add_at(self.n_events, events.latent, torch.ones_like(events.latent))
 
-    def _add_shapes(self, events: "_Events") -> None:
+    def _add_shapes(self, events: "Events") -> None:
         last = events.start + events.size - 1
         self.active_layers += torch.bincount(events.size - 1, minlength=self.n_layers)
         self.longest_run += torch.bincount(events.longest_run() - 1, minlength=self.n_layers)
         self.first_layer += torch.bincount(events.layer[events.start], minlength=self.n_layers)
         self.last_layer += torch.bincount(events.layer[last], minlength=self.n_layers)
 
-    def _add_lawson2024(self, events: "_Events", sequence: Int[Tensor, " token"]) -> None:
+    def _add_lawson2024(self, events: "Events", sequence: Int[Tensor, " token"]) -> None:
         """Per sequence, from the first and second moment of the layer in each event: V needs no more."""
         _, sequence, n_tokens = sequence.unique(return_inverse=True, return_counts=True)
         owner, n_sequences, n_cells = sequence[events.token], len(n_tokens), n_tokens * self.n_latents
         first, second = events.sum(events.share * events.layer), events.sum(events.share * events.layer**2)
         pairs, pair = (owner * self.n_latents + events.latent).unique(return_inverse=True)
-        pair_first = _sums(first, pair, len(pairs))
-        mean_second = _sums(second, owner, n_sequences) / n_cells
-        mean_first = _sums(first, owner, n_sequences) / n_cells
-        e_f = mean_second - _sums(pair_first**2, pairs // self.n_latents, n_sequences) / (n_cells * n_tokens)
-        e_tf = mean_second - _sums(first**2, owner, n_sequences) / n_cells
+        pair_first = sums_by(first, pair, len(pairs))
+        mean_second = sums_by(second, owner, n_sequences) / n_cells
+        mean_first = sums_by(first, owner, n_sequences) / n_cells
+        e_f = mean_second - sums_by(pair_first**2, pairs // self.n_latents, n_sequences) / (n_cells * n_tokens)
+        e_tf = mean_second - sums_by(first**2, owner, n_sequences) / n_cells
         ratios = torch.stack([e_f / (mean_second - mean_first**2), e_tf / e_f])  # [ratio, sequence]
         self._lawson2024 += ratios.nan_to_num(0.0).sum(dim=1)
         self._sequences += ratios.isfinite().sum(dim=1)
 
 
-# ---- events --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Events:
-    """The positive entries of a code sorted by (token, latent, layer), and the events they form."""
-
-    layer: Int[Tensor, " entry"]
-    value: Float[Tensor, " entry"]
-    event: Int[Tensor, " entry"]
-    token: Int[Tensor, " event"]
-    latent: Int[Tensor, " event"]
-    start: Int[Tensor, " event"]
-    """The event's first entry."""
-    size: Int[Tensor, " event"]
-    """How many entries it has."""
-
-    @cached_property
-    def mass(self) -> Float[Tensor, " event"]:
-        """sum_l z."""
-        return self.sum(self.value)
-
-    @cached_property
-    def share(self) -> Float[Tensor, " entry"]:
-        """z / sum_l z."""
-        return self.value / self.mass[self.event]
-
-    @cached_property
-    def variance(self) -> Float[Tensor, " event"]:
-        """Variance of the layer under the shares."""
-        return self._variance(self.share)
-
-    def sum(self, x: Float[Tensor, " entry"]) -> Float[Tensor, " event"]:
-        """Each event's sum over its entries."""
-        return _sums(x, self.event, len(self.start))
-
-    def weighted(self, name: str) -> tuple[Float[Tensor, " entry"], Float[Tensor, " event"]]:
-        """The weight w of every entry (see WEIGHTS), and of every event sum_l w (l - mean)^2."""
-        if name == "mass":
-            return self.value, self.mass * self.variance
-        if name == "event":
-            return self.share, self.variance
-        return torch.ones_like(self.share), self.size * self._variance(self.size.double().reciprocal()[self.event])
-
-    def longest_run(self) -> Int[Tensor, " event"]:
-        """The most consecutive layers of each event."""
-        begins = _changes(self.event) | _changes(self.layer - torch.arange(len(self.layer)))
-        length = torch.bincount(begins.cumsum(0) - 1)  # [run]
-        return torch.zeros_like(self.start).scatter_reduce_(0, self.event[begins], length, "amax")
-
-    def _variance(self, share: Float[Tensor, " entry"]) -> Float[Tensor, " event"]:
-        """sum_l p (l - mean)^2 in two passes: never negative, and exactly 0 on one layer, where p is 1."""
-        mean = self.sum(share * self.layer)
-        return self.sum(share * (self.layer - mean[self.event]).square())
-
-
-def _find_events(
-    values: Float[Tensor, "layer token k"], indices: Int[Tensor, "layer token k"], n_latents: int
-) -> _Events:
-    """Sort the positive entries by one integer, never touching the [token, n_latents] table they index."""
-    n_layers, n_tokens, k = values.shape
-    position = (values > 0).flatten().nonzero().squeeze(1)
-    layer, token = position // (n_tokens * k), position // k % n_tokens
-    key, order = ((token * n_latents + indices.flatten()[position]) * n_layers + layer).sort()
-    assert not (key[1:] == key[:-1]).any(), "a vector names the same latent twice"
-    key //= n_layers
-    begins = _changes(key)
-    event, start = begins.cumsum(0) - 1, begins.nonzero().squeeze(1)
-    value = values.flatten()[position[order]].double()
-    return _Events(layer[order], value, event, key[start] // n_latents, key[start] % n_latents, start, event.bincount())
-
-
-def _changes(x: Int[Tensor, " entry"]) -> Bool[Tensor, " entry"]:
-    """True where an entry differs from the one before, and at the first."""
-    return torch.cat([torch.ones_like(x[:1], dtype=torch.bool), x[1:] != x[:-1]])
+# ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 
 def _add_at(sums: Shaped[Tensor, " cell"], cell: Int[Tensor, " item"], x: Shaped[Tensor, " item"]) -> None:
     """sums[cell] += x. Floats are added up apart first: rounding then grows with the updates, not with the entries."""
     if sums.is_floating_point():
-        sums += _sums(x, cell, len(sums))
+        sums += sums_by(x, cell, len(sums))
     else:
         sums.scatter_add_(0, cell, x.to(sums.dtype))
-
-
-def _sums(x: Float[Tensor, " item"], group: Int[Tensor, " item"], n_groups: int) -> Float[Tensor, " group"]:
-    return torch.zeros(n_groups, dtype=x.dtype).scatter_add_(0, group, x)
-
-
-# ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 
 def _decompose(sums: Float[Tensor, "layer latent"], spread: Float[Tensor, " latent"]) -> Decomposition:
