@@ -1,5 +1,6 @@
 """The door to the disk: old or new and never a mix, one writer, and nothing read that was not checked."""
 
+import contextlib
 import errno
 import json
 import os
@@ -292,13 +293,13 @@ def test_a_lock_file_removed_while_waiting_locks_nobody_out_and_lets_nobody_in(t
         real(file, how)
 
     monkeypatch.setattr(files.fcntl, "flock", give_up_first)
-    try:
-        second = files.RunLock(tmp_path)
-    except ResourceError:
-        return
-    with pytest.raises(ResourceError, match="in use by"):
-        files.RunLock(tmp_path)
-    second.release()
+    held = []
+    for _ in range(2):
+        with contextlib.suppress(ResourceError):
+            held.append(files.RunLock(tmp_path))
+    for lock in held:
+        lock.release()
+    assert len(held) == 1
 
 
 # ---- lines ---------------------------------------------------------------------------------------------------------
@@ -353,12 +354,12 @@ def test_lines_on_a_full_disk_are_refused_in_words(tmp_path, monkeypatch, call):
     """/dev/full refuses every write as a full disk does."""
     lines = files.JsonLines(Path("/dev/full") if call == "append" else tmp_path / "a")
     refuse_call(monkeypatch, "fsync", errno.ENOSPC)
-    with pytest.raises(ResourceError, match="disk full"):
-        lines.append({"step": 1}) if call == "append" else lines.sync()
     try:
-        lines.close()
-    except (OSError, ResourceError):
-        lines._file.detach() if not lines._file.closed else None
+        with pytest.raises(ResourceError, match="disk full"):
+            lines.append({"step": 1}) if call == "append" else lines.sync()
+    finally:
+        with contextlib.suppress(OSError, ResourceError):
+            lines.close()
 
 
 def test_a_folder_that_cannot_hold_lines(tmp_path):
@@ -404,7 +405,7 @@ def test_a_folder_or_nothing_at_all_is_no_json(tmp_path):
             files.read_json(path)
 
 
-@pytest.mark.parametrize("depth", [*range(33, 1100, 97), 5_000, 100_000])
+@pytest.mark.parametrize("depth", [33, 100, 500, 900, 5_000, 100_000])
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_json_of_any_depth_is_refused_and_not_a_crash(opening, depth):
     closing = {"[": "]", '{"a":': "}"}[opening]
@@ -419,14 +420,14 @@ def test_json_at_the_limit_of_depth(tmp_path):
 @pytest.mark.parametrize("read", [files.read_json, files.read_yaml])
 def test_many_keys_take_time_in_proportion(tmp_path, read):
     """A file within the size limit must not stop the process for minutes: 100,000 keys fit."""
-    n = {files.read_json: 10_000, files.read_yaml: 3_000}[read]
+    n = {files.read_json: 8_000, files.read_yaml: 5_000}[read]
     seconds = []
     for size in (n // 4, n):
         (tmp_path / "a").write_text("{" + ", ".join(f'"k{i:06d}": 1' for i in range(size)) + "}")
         started = time.process_time()
         assert len(read(tmp_path / "a")) == size
         seconds.append(time.process_time() - started)
-    assert seconds[1] < 8 * seconds[0] + 0.05
+    assert seconds[1] < 6 * seconds[0] + 0.05
 
 
 def test_yaml_numbers_are_numbers(tmp_path):
@@ -457,7 +458,7 @@ BAD_YAML = {
     "empty": ("", "line 1, column 1: the file is empty"),
     "BOM": ("\ufeffa: 1\n", "byte-order mark"),
     "control": ("a: \x07\n", "not YAML"),
-    "deep": ("a: " + "[" * 5000 + "]" * 5000 + "\n", "not YAML|nested deeper"),
+    "deep": ("a: " + "[" * 1000 + "]" * 1000 + "\n", "not YAML|nested deeper"),
 }
 
 
@@ -550,7 +551,6 @@ LIES = {
     "huge shape": header({"W": {**ONE, "shape": [2**40, 2**40]}}, b"\0" * 4),
     "overflowing shape": header({"W": {**ONE, "shape": [2**62, 4]}}, b"\0" * 4),
     "unknown dtype": header({"W": {**ONE, "dtype": "F99"}}, b"\0" * 4),
-    "half a byte": header({"W": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, b"\0" * 4),
     "no dtype": header({"W": {"shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
     "metadata of numbers": header({"__metadata__": {"a": 1}, "W": ONE}, b"\0" * 4),
 }

@@ -96,39 +96,50 @@ def demo(out: str | Path = "demo", *, minutes: float = 7.0, progress: bool = Tru
     texts = write_texts(out / "text")
     lm = LanguageModel.from_pretrained(folder, separator_token=SEPARATOR)
     budget = plan(lm, texts, minutes * 60 - (time.monotonic() - started), progress=progress)
-    config = TrainConfig(
-        lm=str(folder),
+    run = train(training(folder, texts, out / "run", budget), lm=lm, progress=progress)
+    sae = run.sae
+    held_out: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "progress": progress}
+    evaluation = evaluate(sae, lm, str(texts), tokens=budget.evaluate, splice_tokens=budget.splice, **held_out)
+    analysis = analyze(sae, lm, str(texts), tokens=budget.analyze, **held_out)
+    report, sentence = write_down(out, run, evaluation, analysis)
+    return Demo(run, evaluation, analysis, report, sentence, time.monotonic() - started)
+
+
+def training(lm: str | Path, texts: Path, out: Path, budget: Budget) -> TrainConfig:
+    """A run of many small steps."""
+    return TrainConfig(
+        lm=str(lm),
         data=str(texts),
-        out=str(out / "run"),
+        out=str(out),
         tokens=budget.train,
         expansion_factor=EXPANSION_FACTOR,
         context_length=CONTEXT_LENGTH,
-        batch_size=1,
+        batch_size=STEP_TOKENS // CONTEXT_LENGTH,
         accumulation_steps=1,
         lr=LR,
         init_tokens=min(4096, max(1024, budget.train // 16)),
         separator_token=SEPARATOR,
         save_every_steps=max(1, budget.train // STEP_TOKENS // 3),
     )
-    run = train(config, lm=lm, progress=progress)
-    sae = run.sae
-    held_out: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "progress": progress}
-    evaluation = evaluate(sae, lm, str(texts), tokens=budget.evaluate, splice_tokens=budget.splice, **held_out)
-    analysis = analyze(sae, lm, str(texts), tokens=budget.analyze, **held_out)
-    metrics = files.read_jsonl(Path(run.directory) / "metrics.jsonl")
+
+
+def write_down(out: Path, run: Run, evaluation: Evaluation, analysis: Analysis) -> tuple[str, str]:
+    """Put everything on disk as the commands would, and a report on top; returns its path and the outlook."""
+    directory = Path(run.directory)
+    metrics = files.read_jsonl(directory / "metrics.jsonl")
     sentence = outlook(metrics, evaluation.mean["fvu"])
-    files.write_json(Path(run.directory) / "evaluation.json", evaluation.to_dict())
-    analysis.save(Path(run.directory) / "analysis")
+    files.write_json(directory / "evaluation.json", evaluation.to_dict())
+    analysis.save(directory / "analysis")
     report, *_ = write_report(
         out / "report.html",
         title="SmolLM2-135M: one dictionary for 30 layers",
-        run={**files.read_json(Path(run.directory) / "config.json"), **run.to_dict()},
+        run={**files.read_json(directory / "config.json"), **run.to_dict()},
         evaluation=evaluation,
         analysis=analysis,
         metrics=metrics,
         notes=[sentence],
     )
-    return Demo(run, evaluation, analysis, str(report), sentence, time.monotonic() - started)
+    return str(report), sentence
 
 
 def find_lm() -> str | Path:
