@@ -1,11 +1,13 @@
 """A run directory's checkpoints: exact, found out when damaged, old or new at every crash point, held by one process."""
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,17 +27,17 @@ def make(step):
     return Checkpoint(
         step,
         {"W_enc": torch.full((3, 2), float(step)), "norm_limit": torch.tensor([torch.inf, 3.0])},
-        {"quiet": torch.arange(4) + step, "rng.torch": torch.arange(8, dtype=torch.uint8), "adam.step": torch.tensor(0.5)},
+        {
+            "quiet": torch.arange(4) + step,
+            "rng.torch": torch.arange(8, dtype=torch.uint8),
+            "adam.step": torch.tensor(0.5),
+        },
         {"position": 10 * step, "metrics_bytes": 7},
     )
 
 
 def same(a, b):
-    return (
-        (a.step, a.info) == (b.step, b.info)
-        and same_tensors(a.sae, b.sae)
-        and same_tensors(a.state, b.state)
-    )
+    return (a.step, a.info) == (b.step, b.info) and same_tensors(a.sae, b.sae) and same_tensors(a.state, b.state)
 
 
 def same_tensors(a, b):
@@ -47,22 +49,30 @@ def start(tmp_path):
     """A function that opens the run directory `run`; whatever is open is closed at the end."""
     opened = []
 
-    def call(resume=False, config=CONFIG, name="run"):
+    def close_all():
         while opened:
-            opened.pop().close()
+            run = opened.pop()
+            try:
+                run.close()
+            finally:
+                run.lock.release()
+
+    def call(resume=False, config=CONFIG, name="run"):
+        close_all()
         run = RunDirectory(tmp_path / name, config, resume=resume)
         opened.append(run)
         return run
 
     yield call
-    while opened:
-        opened.pop().close()
+    close_all()
 
 
 def visible(folder):
     """What a later start sees: every file but the lock and what it would sweep."""
     paths = (p for p in folder.rglob("*") if p.is_file() and p.name != "run.lock")
-    return {str(n): p.read_bytes() for p in paths if not str(n := p.relative_to(folder)).startswith((".tmp-", ".trash-"))}
+    return {
+        str(n): p.read_bytes() for p in paths if not str(n := p.relative_to(folder)).startswith((".tmp-", ".trash-"))
+    }
 
 
 # ---- what is kept --------------------------------------------------------------------------------------------------
@@ -215,7 +225,17 @@ def test_a_newer_format_is_refused(start):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", "{}", "3", '{"format_version": "1"}', '{"format_version": null}', '{"step": NaN}', "[" * 500 + "]" * 500]
+    "text",
+    [
+        "[]",
+        "null",
+        "{}",
+        "3",
+        '{"format_version": "1"}',
+        '{"format_version": null}',
+        '{"step": NaN}',
+        "[" * 500 + "]" * 500,
+    ],
 )
 def test_a_manifest_that_is_something_else_is_damage(start, text):
     run = start()
@@ -270,9 +290,9 @@ class Disk:
 
     CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")
 
-    def __init__(self, monkeypatch, error, *, once):
+    def __init__(self, monkeypatch, error, *, once, calls=CALLS):
         self.count, self.at, self.error, self.once = 0, 0, error, once
-        for name in self.CALLS:
+        for name in calls:
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
         monkeypatch.setattr("builtins.open", self._counted(open, writes=lambda *a, **k: a[1:] and "r" not in a[1]))
 
@@ -287,100 +307,131 @@ class Disk:
         return call
 
 
-FAILURES = [Stopped(), OSError(errno.ENOSPC, "No space left"), OSError(errno.EIO, "I/O error"), OSError(errno.EROFS, "Read-only")]
+FAILURES = [
+    Stopped(),
+    OSError(errno.ENOSPC, "No space left"),
+    OSError(errno.EIO, "I/O error"),
+    OSError(errno.EROFS, "Read-only"),
+]
 
 
-@pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda e: e.strerror if isinstance(e, OSError) else "crash")
-def test_a_save_that_stops_at_any_call_is_old_or_new(start, tmp_path, monkeypatch, failure, once):
-    """Every mutating call of a save with rotation, refused once or from then on. The next start then loads and saves."""
-    n_calls, at = 1, 0
-    while at < n_calls:
-        at += 1
+@pytest.fixture
+def failing_save(start, tmp_path, monkeypatch):
+    """A function that yields, for every n, (run, error) after a save of step 3 whose n-th disk call was refused."""
+
+    def attempt(failure, *, once, at):
+        start(name="other")  # gives the last one up
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = start()
         run.save(make(1), keep=2)
         run.save(make(2), keep=2)
-        old = visible(run.path)
+        error = None
         with monkeypatch.context() as patch:
             disk = Disk(patch, failure, once=once)
             disk.at = at
             try:
                 run.save(make(3), keep=2)
-            except (Stopped, ResourceError, OSError):
-                pass
-            n_calls = max(n_calls, disk.count)
+            except BaseException as caught:
+                error = caught
             disk.at = 0
+        return run, error, disk.count
+
+    def every(failure, *, once):
+        n_calls = attempt(failure, once=once, at=0)[2]
+        assert n_calls > 15
+        for at in range(1, n_calls + 1):
+            yield attempt(failure, once=once, at=at)[:2]
+
+    return every
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("failure", FAILURES[:2], ids=["crash", "disk full"])
+def test_a_save_that_stops_at_any_call_is_old_or_new(start, failing_save, failure, once):
+    """Every mutating call of a save with rotation, refused once or from then on. The next start then loads and saves."""
+    new = 0
+    for run, _ in failing_save(failure, once=once):
         run = start(resume=True)
         assert not list(run.path.glob(".t*-*"))
-        assert all(visible(run.path)[name] == data for name, data in old.items() if "step-00000001" not in name)
         loaded = run.load()
-        assert same(loaded, make(3) if loaded.step == 3 else make(2))
+        assert same(loaded, make(3) if (run.path / "step-00000003").exists() else make(2))
+        assert not list(run.path.glob("damaged-*"))
+        new += loaded.step == 3
         run.save(make(4), keep=2)
         assert same(run.load(), make(4))
         assert len(run.steps()) == 2
-    assert n_calls > 15
+    assert 0 < new < 15
 
 
-@pytest.mark.parametrize("failure", FAILURES[1:], ids=lambda e: e.strerror)
-def test_a_save_that_fails_says_so_in_words(start, tmp_path, monkeypatch, failure):
-    """P5: wherever in a save the disk refuses, it is a ResourceError (exit 4) and never success, unless 3 is saved."""
-    raw, swallowed, at, n_calls = [], [], 0, 1
-    while at < n_calls:
-        at += 1
+def test_the_only_checkpoint_saved_again_is_never_lost(start, tmp_path, monkeypatch):
+    """A step that is not finite saves the state before it, which may be a checkpoint already: a crash must leave one of the two."""
+    lost = []
+    for at in range(1, 40):
+        start(name="other")
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = start()
         run.save(make(1), keep=2)
-        run.save(make(2), keep=2)
         with monkeypatch.context() as patch:
-            disk = Disk(patch, failure, once=False)
+            disk = Disk(patch, Stopped(), once=False)
+            disk.at = at
+            with contextlib.suppress(Stopped):
+                run.save(make(1), keep=2)
+            disk.at = 0
+        try:
+            assert same(start(resume=True).load(), make(1))
+        except ResourceError as error:
+            lost.append((at, str(error)))
+    assert lost == []
+
+
+@pytest.mark.parametrize("failure", FAILURES[1:3], ids=lambda e: e.strerror)
+def test_a_save_that_fails_says_so_in_words(failing_save, failure):
+    """P5: wherever in a save the disk refuses, it is a ResourceError (exit 4), or step 3 is there all the same."""
+    raw = []
+    for at, (run, error) in enumerate(failing_save(failure, once=False), 1):
+        if error is None:
+            assert same(run.load(), make(3))
+        elif not isinstance(error, ResourceError):
+            raw.append((at, error))
+    assert raw == []
+
+
+def test_a_failed_save_leaves_exactly_the_old_files_at_once(failing_save):
+    """Before any sweep: the process that failed cleans up behind itself, and its next save works."""
+    for run, error in failing_save(OSError(errno.ENOSPC, "No space left"), once=True):
+        if not (run.path / "step-00000003").exists():
+            assert isinstance(error, ResourceError)
+            assert sorted(p.name for p in run.path.iterdir()) == [
+                "config.json",
+                "run.lock",
+                "step-00000001",
+                "step-00000002",
+            ]
+            run.save(make(3), keep=2)
+        assert same(run.load(), make(3))
+
+
+def test_a_start_that_fails_at_any_call_leaves_no_trace(tmp_path, monkeypatch):
+    def attempt(at):
+        error = None
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, FAILURES[1], once=True, calls=("rename", "replace", "fsync", "mkdir"))
             disk.at = at
             try:
-                run.save(make(3), keep=2)
-                swallowed.append(at)
-            except ResourceError:
-                pass
-            except OSError:
-                raw.append(at)
-            n_calls = max(n_calls, disk.count)
+                run = RunDirectory(tmp_path / "run", CONFIG, resume=False)
+            except (ResourceError, OSError) as caught:
+                error = caught
             disk.at = 0
-        if swallowed == [at]:
-            assert same(run.load(), make(3))
-    assert (raw, swallowed) == ([], [])
+        left = sorted(p.name for p in tmp_path.rglob("*"))
+        if error is None:
+            run.close()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return error, left, disk.count
 
-
-def test_a_failed_save_leaves_exactly_the_old_files_at_once(start, monkeypatch):
-    """Before any sweep: the process that failed cleans up behind itself."""
-    run = start()
-    run.save(make(1), keep=2)
-    before = sorted(p.relative_to(run.path) for p in run.path.rglob("*"))
-    with monkeypatch.context() as patch:
-        disk = Disk(patch, OSError(errno.ENOSPC, "No space left"), once=True)
-        disk.at = 8
-        with pytest.raises(ResourceError, match=r"step-00000002: disk full with \d+ MB free"):
-            run.save(make(2), keep=2)
-    assert sorted(p.relative_to(run.path) for p in run.path.rglob("*")) == before
-    run.save(make(2), keep=2)
-    assert same(run.load(), make(2))
-
-
-@pytest.mark.parametrize("failure", FAILURES[1:], ids=lambda e: e.strerror)
-def test_a_start_that_fails_at_any_call_leaves_no_trace(tmp_path, monkeypatch, failure):
-    left, at, n_calls = {}, 0, 1
-    while at < n_calls:
-        at += 1
-        with monkeypatch.context() as patch:
-            disk = Disk(patch, failure, once=True)
-            disk.at = at
-            with pytest.raises(ResourceError):
-                RunDirectory(tmp_path / "run", CONFIG, resume=False).close()
-                raise ResourceError("none", "none")  # a refused clean-up of the probe may be passed over
-            n_calls = max(n_calls, disk.count)
-            disk.at = 0
-        if (tmp_path / "run").exists():
-            left[at] = sorted(p.name for p in (tmp_path / "run").iterdir())
-            shutil.rmtree(tmp_path / "run")
-    assert left == {}
+    n_calls = attempt(0)[2]
+    tries = [attempt(at)[:2] for at in range(1, n_calls + 1)]
+    assert [error for error, _ in tries if not isinstance(error, ResourceError | None)] == []
+    assert [left for error, left in tries if error is not None and left] == []
 
 
 # ---- whose directory it is -------------------------------------------------------------------------------------------
@@ -403,7 +454,7 @@ def test_a_key_that_is_gone_is_a_changed_config(start):
 
 def test_a_moved_directory_is_the_same_run(start, tmp_path):
     start().save(make(1), keep=2)
-    start(name="other").close()
+    start(name="other")  # gives the first one up
     (tmp_path / "run").rename(tmp_path / "moved")
     assert same(start(resume=True, config={**CONFIG, "out": "there"}, name="moved").load(), make(1))
 
@@ -456,7 +507,12 @@ def test_a_directory_with_metrics_is_kept(tmp_path):
 
 def test_what_a_killed_process_left_is_swept_at_the_next_start(start, tmp_path):
     start().save(make(1), keep=2)
-    for name in (".tmp-step-00000002-77/sae.safetensors", ".trash-step-00000000-77/a", ".tmp-config.json-77", "sae/.tmp-a-77"):
+    for name in (
+        ".tmp-step-00000002-77/sae.safetensors",
+        ".trash-step-00000000-77/a",
+        ".tmp-config.json-77",
+        "sae/.tmp-a-77",
+    ):
         files.write_text(tmp_path / "run" / name, "half")
     start(resume=True)
     assert [p.name for p in (tmp_path / "run").rglob(".t*")] == []
@@ -492,7 +548,9 @@ def test_simultaneous_starts_give_one_writer(tmp_path):
                     os.write(out[1], error.problem.replace("\n", " ").encode() + b"\n")
                 except BaseException as error:
                     os.write(out[1], repr(error).encode() + b"\n")
-                signal_parent_and_wait(out)
+                os.close(out[0])
+                while True:
+                    signal.pause()  # hold whatever is held until killed
             children.append(child)
         os.close(gate[0])
         os.close(gate[1])
@@ -509,13 +567,6 @@ def test_simultaneous_starts_give_one_writer(tmp_path):
         complaints |= {line.split(" by ")[0] for line in lines if line != "held"}
         RunDirectory(path, CONFIG, resume=False).close()  # at once, though its holder was killed
     assert (holders, complaints) == ([1] * 10, {"in use"})
-
-
-def signal_parent_and_wait(out):
-    """Hold whatever is held until killed."""
-    os.close(out[0])
-    while True:
-        os.read(os.pipe()[0], 1)
 
 
 def test_a_log_line_says_that_a_checkpoint_is_verified(start, caplog):

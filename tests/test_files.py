@@ -129,9 +129,14 @@ def test_a_staged_directory_takes_the_place_of_an_old_one(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_staged_directory_that_fails_leaves_the_old_one(tmp_path, error):
     files.write_text(tmp_path / "step" / "a.txt", "old")
-    with pytest.raises(error), files.staged_directory(tmp_path / "step") as staged:
-        files.write_text(staged / "a.txt", "new")
-        raise error
+
+    def fill():
+        with files.staged_directory(tmp_path / "step") as staged:
+            files.write_text(staged / "a.txt", "new")
+            raise error
+
+    with pytest.raises(error):
+        fill()
     assert contents(tmp_path) == {"step/a.txt": b"old"}
 
 
@@ -143,9 +148,8 @@ def test_a_staged_directory_is_synced_before_its_rename(tmp_path, monkeypatch):
         os, "fsync", lambda fd: (log.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
     )
     monkeypatch.setattr(os, "rename", lambda a, b: (log.append("rename"), rename(a, b)))
-    with files.staged_directory(tmp_path / "step") as staged:
-        with files.new_file(staged / "a.bin") as file:
-            file.write(b"new")
+    with files.staged_directory(tmp_path / "step") as staged, files.new_file(staged / "a.bin") as file:
+        file.write(b"new")
     assert log == ["a.bin", f".tmp-step-{os.getpid()}", "rename", tmp_path.name]
 
 

@@ -124,6 +124,7 @@ def analyze(
     """
     started = time.monotonic()
     sae, lm = open_pair(sae, lm)
+    activity = prompt_activity(sae, lm, prompt)  # first: a prompt that cannot be read must not cost hours
     blocks = open_blocks(sae, lm, data, split=split, context_length=context_length, progress=progress)
     means = resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), progress=progress)
     similarity = AdjacentSimilarity(means)
@@ -135,7 +136,6 @@ def analyze(
             statistics.update(sae.encode(reading.vectors), sequence=reading.visible.nonzero()[:, 0])
         similarity.update(reading.vectors)
         over_norm += reading.over_norm.cpu()
-    activity = prompt_activity(sae, lm, prompt)
     seconds = time.monotonic() - started
     return Analysis(sae.layers, statistics, means, similarity, activity, over_norm.tolist(), seconds)
 

@@ -123,7 +123,7 @@ def open_blocks(
 
 def held_out_split(sae: MLSAE, data: str) -> str:
     """`test` for the text the SAE was trained on and for data that names such a split, else `all`."""
-    trained_on = sae.config.data is not None and Path(sae.config.data).absolute() == Path(data).absolute()
+    trained_on = sae.config.data is not None and Path(sae.config.data).resolve() == Path(data).resolve()
     return "test" if trained_on or "test" in TextSource(data).named_splits() else "all"
 
 

@@ -266,9 +266,18 @@ def pack_split(config: TrainConfig, lm: LanguageModel, split: str, *, progress: 
 
 
 def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
+    """The SAE that a resolved config describes; files are named by their whole path, so that it can be read from anywhere."""
     return sae_config(config, lm.shape).replaced(
-        expansion_factor=None, lm_revision=lm.revision, tokenizer_fingerprint=lm.tokenizer.fingerprint
+        expansion_factor=None,
+        lm=_whole_path(lm.name),
+        lm_revision=lm.revision,
+        data=_whole_path(config.data),
+        tokenizer_fingerprint=lm.tokenizer.fingerprint,
     )
+
+
+def _whole_path(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 class StopFlag:

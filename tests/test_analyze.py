@@ -1,0 +1,183 @@
+"""Analysis over much text: its sums are those of a direct computation, and its files give them back."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlsae.analysis.layers import LayerStatistics
+from mlsae.analyze import PROMPT, Analysis, analyze, prompt_activity
+from mlsae.config import MLSAEConfig
+from mlsae.data import TokenBlocks, pack
+from mlsae.errors import DataError, MlsaeError
+from mlsae.lm import LanguageModel
+from mlsae.sae import MLSAE
+from mlsae.text import TextSource
+
+D_MODEL, CONTEXT, LAYERS, N_LATENTS = 32, 32, (0, 1, 2), 48
+SETTINGS = {"tokens": 10**6, "progress": False, "prompt": "Mary and John"}
+
+
+def make_sae(layers=LAYERS, **changes) -> MLSAE:
+    torch.manual_seed(3)
+    shape = {"d_model": D_MODEL, "n_latents": N_LATENTS, "k": 5, "frame": "vector", "mask_norm_factor": None}
+    return MLSAE(MLSAEConfig(**shape | changes, layers=layers))
+
+
+@pytest.fixture(scope="module")
+def blocks(lm: LanguageModel, corpus: Path) -> TokenBlocks:
+    return pack(TextSource(str(corpus), "test"), lm.tokenizer, CONTEXT, progress=False)
+
+
+@pytest.fixture(scope="module")
+def found(lm: LanguageModel, blocks: TokenBlocks) -> Analysis:
+    return analyze(make_sae(), lm, blocks, **SETTINGS)
+
+
+def vectors_of(lm: LanguageModel, blocks: TokenBlocks, layers=LAYERS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unmasked residual vectors [layer, token, d_model] and the sequence each is from, straight from the model."""
+    tokens = blocks.read(0, len(blocks))
+    keep = lm.keep_mask(tokens)
+    return lm.resid(tokens, layers=layers)[:, keep], keep.nonzero()[:, 0]
+
+
+def test_statistics_are_those_of_the_codes(lm: LanguageModel, blocks: TokenBlocks, found: Analysis):
+    vectors, sequence = vectors_of(lm, blocks)
+    want = LayerStatistics(3, N_LATENTS)
+    with torch.no_grad():
+        want.update(make_sae().encode(vectors), sequence=sequence)
+    for name, total in want.sums().items():
+        assert torch.allclose(found.statistics.sums()[name].double(), total.double(), rtol=1e-5, atol=1e-5), name
+    assert found.statistics.n_tokens == vectors.shape[1]
+    assert torch.equal(found.statistics.counts, want.counts)
+
+
+def test_statistics_by_a_dense_array(lm: LanguageModel, blocks: TokenBlocks, found: Analysis):
+    """Nothing of LayerStatistics: totals and counts of the dense activations."""
+    vectors, _ = vectors_of(lm, blocks)
+    with torch.no_grad():
+        dense = make_sae().encode(vectors).to_dense().double()
+    assert torch.allclose(found.statistics.totals, dense.sum(1), rtol=1e-5)
+    assert torch.equal(found.statistics.counts, (dense > 0).sum(1))
+    share = dense.sum(1) / dense.sum((0, 1))
+    assert torch.allclose(found.statistics.distribution().probability, share, rtol=1e-5, equal_nan=True)
+
+
+def test_similarity_by_numpy(lm: LanguageModel, blocks: TokenBlocks, found: Analysis):
+    x = vectors_of(lm, blocks)[0].double().numpy()
+    for centred in (True, False):
+        y = x - x.mean(1, keepdims=True) if centred else x
+        unit = y / np.linalg.norm(y, axis=-1, keepdims=True)
+        cosines = (unit[:-1] * unit[1:]).sum(-1)
+        got = found.similarity.to_dict()["centred" if centred else "raw"]
+        assert got["mean"] == pytest.approx(cosines.mean(1).tolist(), abs=1e-6)
+        assert got["std"] == pytest.approx(cosines.std(1, ddof=1).tolist(), abs=1e-6)
+    norms = np.linalg.norm(x, axis=-1)
+    assert found.means.to_dict()["norm"]["mean"] == pytest.approx(norms.mean(1).tolist(), rel=1e-6)
+
+
+def test_names_are_those_of_summary_json(found: Analysis):
+    summary = json.loads(json.dumps(found.summary()))
+    assert set(summary["decomposition"]) == {"mass", "event", "count"}
+    for terms in summary["decomposition"].values():
+        assert set(terms) == {"within", "token", "latent", "total", "rel_f", "rel_t"}
+        assert terms["within"] + terms["token"] + terms["latent"] == pytest.approx(terms["total"], rel=1e-12)
+    assert set(summary["lawson2024"]) == {"rel_f", "rel_t"}
+    assert summary["layers"] == [0, 1, 2]
+    assert found.to_dict() == found.summary()
+    assert sum(summary["events"]["active_layers"]) == summary["n_events"]
+
+
+def test_what_is_saved_is_given_back(tmp_path: Path, found: Analysis):
+    found.save(tmp_path / "analysis")
+    written = {path.name for path in (tmp_path / "analysis").iterdir()}
+    assert written == {"layers.safetensors", "prompt.safetensors", "summary.json", "similarity.json"}
+    loaded = LayerStatistics.load(tmp_path / "analysis" / "layers.safetensors")
+    assert all(torch.equal(loaded.sums()[name], total) for name, total in found.statistics.sums().items())
+    summary = json.loads((tmp_path / "analysis" / "summary.json").read_text())
+    assert summary["decomposition"]["mass"] == found.statistics.decomposition().to_dict()
+    similarity = json.loads((tmp_path / "analysis" / "similarity.json").read_text())
+    assert similarity["centred"] == found.similarity.to_dict()["centred"]
+    assert similarity["n_tokens"] == similarity["resid"]["n_tokens"] == found.statistics.n_tokens
+
+
+@pytest.mark.parametrize("layers", [(2, 0), (1,)])
+def test_a_subset_is_labelled_with_model_layers(lm, blocks: TokenBlocks, found: Analysis, layers: tuple[int, ...]):
+    """N3: rows follow `layers`, and each is what the analysis of all layers has there."""
+    part = analyze(make_sae(layers), lm, blocks, **SETTINGS)
+    assert part.layers == layers
+    assert part.summary()["layers"] == list(layers)
+    assert torch.allclose(part.statistics.totals, found.statistics.totals[list(layers)], rtol=1e-5)
+    norm = found.means.to_dict()["norm"]["mean"]
+    assert part.means.to_dict()["norm"]["mean"] == pytest.approx([norm[layer] for layer in layers], rel=1e-6)
+    if len(layers) == 1:
+        assert part.summary()["decomposition"]["mass"]["total"] == 0.0
+        assert part.similarity.to_dict()["raw"]["mean"] == []
+
+
+def test_tokens_limit_what_is_read(lm: LanguageModel, blocks: TokenBlocks):
+    found = analyze(make_sae(), lm, blocks, **SETTINGS | {"tokens": 2 * CONTEXT})
+    assert found.statistics.n_tokens == int(lm.keep_mask(blocks.read(0, 2)).sum())
+
+
+def test_analysis_changes_no_bit_of_the_sae(lm: LanguageModel, blocks: TokenBlocks):
+    sae = make_sae()
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    first, second = (analyze(sae, lm, blocks, **SETTINGS) for _ in range(2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+    sums = second.statistics.sums()
+    assert all(torch.equal(total, sums[name]) for name, total in first.statistics.sums().items())
+
+
+# ---- one prompt ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [LAYERS, (2, 0)])
+def test_prompt_by_hand(lm: LanguageModel, layers: tuple[int, ...]):
+    sae, tokens = make_sae(layers), lm.tokenize("a store!")
+    activity = prompt_activity(sae, lm, "a store!")
+    with torch.no_grad():
+        dense = sae.encode(lm.resid(tokens, layers=layers)[:, 0]).to_dense().double()
+    assert activity.tokens == list("a store!")
+    assert activity.visible.tolist() == [False] + [True] * 7
+    assert torch.allclose(activity.mass, dense[:, 1:].sum(1), rtol=1e-6)
+    assert torch.allclose(activity.by_position, dense.sum(-1), rtol=1e-6)
+    assert activity.masked_share == pytest.approx((dense[:, 0].sum() / dense.sum()).item())
+    assert 0 < activity.masked_share < 1
+
+
+def test_special_tokens_of_a_prompt_are_masked_too(lm: LanguageModel):
+    activity = prompt_activity(make_sae(), lm, "ab<|endoftext|>c")
+    assert activity.tokens == ["a", "b", "<|endoftext|>", "c"]
+    assert activity.visible.tolist() == [False, True, False, True]
+    unmasked = prompt_activity(make_sae(mask_first_position=False, mask_special_tokens=False), lm, "ab<|endoftext|>c")
+    assert unmasked.visible.all()
+    assert unmasked.masked_share == 0.0
+
+
+def test_the_published_prompt_fits_a_short_model(lm: LanguageModel):
+    assert len(prompt_activity(make_sae(), lm, PROMPT).tokens) <= (lm.context_length or math.inf)
+
+
+def test_a_prompt_of_masked_tokens_only(lm: LanguageModel):
+    """Its mass is zero everywhere, and all of its activation is masked."""
+    activity = prompt_activity(make_sae(), lm, "a")
+    assert (activity.mass == 0).all()
+    assert activity.masked_share == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("prompt", ["", "too long " * 50])
+def test_a_prompt_that_cannot_be_read_is_refused_before_the_text_is(lm, blocks, monkeypatch, prompt: str):
+    """The prompt comes last, after hours over ten million tokens, which a bad one would throw away."""
+    monkeypatch.setattr(TokenBlocks, "read", lambda *args, **kwargs: pytest.fail("read the text first"))
+    with pytest.raises(MlsaeError):
+        analyze(make_sae(), lm, blocks, **SETTINGS | {"prompt": prompt})
+
+
+def test_no_token_left_is_said(lm: LanguageModel, blocks: TokenBlocks):
+    separators = np.full((2, CONTEXT), lm.tokenizer.separator_id, dtype=np.uint16)
+    with pytest.raises(DataError, match="no token is left after masking"):
+        analyze(make_sae(), lm, TokenBlocks(separators, blocks.document_starts[:0], blocks.info), **SETTINGS)
