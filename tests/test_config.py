@@ -111,6 +111,12 @@ def test_a_count_keeps_every_digit():
     assert config(tokens=2**53 + 1).tokens == 2**53 + 1
 
 
+def test_a_seed_is_one_that_torch_takes():
+    assert config(seed=-1).seed == -1
+    assert config(seed=2**63 - 1).seed == 2**63 - 1
+    refused(lambda: config(seed=10**30), "seed")
+
+
 @pytest.mark.parametrize(
     ("name", "bad", "good"),
     [

@@ -33,10 +33,14 @@ class Recorder:
 
 
 def report_steps(path, n, every=1, logger=None, **changes):
-    reporter = Reporter(JsonLines(path), logger, done=0, total=10 * n, every=every, progress=False)
-    for step in range(1, n + 1):
-        reporter.report(step_report(step, **changes), 10, {"masked_by_norm": [0, step]}, last=step == n)
-    reporter.close()
+    lines = JsonLines(path)
+    reporter = Reporter(lines, logger, done=0, total=10 * n, every=every, progress=False)
+    try:
+        for step in range(1, n + 1):
+            reporter.report(step_report(step, **changes), 10, {"masked_by_norm": [0, step]}, last=step == n)
+        reporter.close()
+    finally:
+        lines.close()
     return read_jsonl(path)
 
 

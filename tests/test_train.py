@@ -122,7 +122,7 @@ def blocks_of(places):
 
 def test_training_lowers_fvu(run):
     lines = metrics(run())
-    assert lines[-1]["fvu"] < 0.7 * lines[0]["fvu"]
+    assert sum(line["fvu"] for line in lines[-4:]) < 0.9 * sum(line["fvu"] for line in lines[:4])
     assert all(0 < fvu < 2 for line in lines for fvu in line["layer_fvu"])
 
 
@@ -165,7 +165,7 @@ def visible_in(lm, blocks, n):
     return int(lm.keep_mask(blocks.read(0, n, seed=42)).sum())
 
 
-@pytest.mark.parametrize("n_sequences", [5, 1000])
+@pytest.mark.parametrize("n_sequences", [4, 5, 1000])
 def test_validation_reads_each_sequence_once_whatever_the_batch(run, lm, places, n_sequences):
     """With a last batch that is not full, no sequence is read twice and none beyond those asked for."""
     run(tokens=64)
@@ -219,7 +219,8 @@ def test_one_group_is_the_default_and_groups_are_apart(run):
 def test_accumulation_splits_a_step_and_does_not_change_it(run, lm, places):
     run(tokens=64)
     sample = visible_in(lm, blocks_of(places), 16)
-    whole, halves = (run(batch_size=b, accumulation_steps=4 // b, init_tokens=sample) for b in (4, 2))
+    late = {"init_tokens": sample, "dead_after_tokens": 10**6}  # what is dead may change within a step
+    whole, halves = (run(batch_size=b, accumulation_steps=4 // b, **late) for b in (4, 2))
     for a, b in zip(metrics(whole), metrics(halves), strict=True):
         assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
         assert a["fvu"] == pytest.approx(b["fvu"], rel=1e-3)

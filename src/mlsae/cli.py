@@ -272,6 +272,8 @@ def _run(arguments: list[str]) -> int:
     command: Any = _parse(model, arguments)
     if command is None:
         return 0
+    if command.json_ not in (None, "-"):
+        _probe(Path(command.json_))
     _quiet_libraries()
     result, text = run(command)
     if command.json_ == "-":
@@ -286,11 +288,20 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _probe(path: Path) -> None:
+    """Refuse, before the work, a file that cannot be written after it."""
+    from mlsae.files import probe_writable
+
+    if path.is_dir():
+        raise ConfigError("json", f"'{path}' is a folder; name a file, or - for the terminal")
+    probe_writable(path.parent)
+
+
 def _parse(model: type[Config], arguments: list[str]) -> Config | None:
     """The command's fields from its flags and, for train, its config file; None if help was asked for."""
-    defaults = _file_defaults(model, arguments)
+    given = _file_values(model, arguments)
     if not {"-h", "--help"} & set(arguments):
-        _check_flags(model, arguments, given=set(getattr(defaults, "model_fields_set", ())))
+        _check_flags(model, arguments, set(given))
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -298,7 +309,7 @@ def _parse(model: type[Config], arguments: list[str]) -> Config | None:
                 model,
                 prog=f"mlsae {arguments[0]}",
                 args=arguments[1:],
-                default=defaults,
+                default=_as_defaults(given) if given else tyro.MISSING_NONPROP,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)[:2],
             )
     except SystemExit as stop:
@@ -307,26 +318,39 @@ def _parse(model: type[Config], arguments: list[str]) -> Config | None:
         raise _usage_error(shown.getvalue(), model, arguments) from None
 
 
-def _file_defaults(model: type[Config], arguments: list[str]) -> Any:
-    """Fields from `--config FILE`, as tyro's defaults: a flag given beside it wins."""
-    if model is not Train or not (paths := _values_of("--config", arguments)):
-        return tyro.MISSING_NONPROP
-    values = load_config(Path(paths[-1]))
+def _file_values(model: type[Config], arguments: list[str]) -> dict[str, Any]:
+    """The fields that `--config FILE` gives; a flag beside it wins."""
+    paths = _values_of("--config", arguments) if model is Train else []
+    return load_config(Path(paths[-1])) if paths else {}
+
+
+def _as_defaults(values: dict[str, Any]) -> Any:
+    """A file's fields, checked, as tyro's defaults; what the file lacks stays required."""
     placeholders: dict[str, Any] = {"lm": "-", "data": "-", "out": "-"}
     checked = TrainConfig(**(placeholders | values))
-    fields = {key: getattr(checked, key) for key in values}
-    missing = {key: tyro.MISSING for key in ("lm", "data", "out") if key not in values}
-    return Train.model_construct(**{**fields, **missing})
+    missing = {key: tyro.MISSING for key in placeholders if key not in values}
+    return Train.model_construct(**missing, **{key: getattr(checked, key) for key in values})
 
 
 def _values_of(flag: str, arguments: list[str]) -> list[str]:
-    spaced = [after for before, after in itertools.pairwise(arguments) if before == flag]
-    return spaced + [argument.split("=", 1)[1] for argument in arguments if argument.startswith(flag + "=")]
+    """Every value given for a flag, written `--flag VALUE ...` or `--flag=VALUE`; several words after it are one value."""
+    values = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            words = itertools.takewhile(lambda word: not word.startswith("--"), arguments[i + 1 :])
+            values.append(value if equals else " ".join(words))
+    return values
+
+
+def _flags(model: type[Config]) -> dict[str, Any]:
+    """The command's flags and the fields behind them."""
+    return {"--" + name.rstrip("_").replace("_", "-"): field for name, field in model.model_fields.items()}
 
 
 def _check_flags(model: type[Config], arguments: list[str], given: set[str]) -> None:
     """Refuse an unknown flag and a missing one in our own words."""
-    flags = {"--" + name.rstrip("_").replace("_", "-"): field for name, field in model.model_fields.items()}
+    flags = _flags(model)
     negated = [f"--no-{flag[2:]}" for flag in flags]
     for argument in arguments[1:]:
         flag = argument.split("=", 1)[0].replace("_", "-")
@@ -341,22 +365,19 @@ def _check_flags(model: type[Config], arguments: list[str], given: set[str]) -> 
 
 
 def _usage_error(shown: str, model: type[Config], arguments: list[str]) -> ConfigError:
-    """What the parser drew in a box about one flag, in one sentence of ours."""
-    text = " ".join(line.strip(" │|╭╮╰╯─") for line in re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())
-    for flag in re.findall(r"--([a-z0-9-]+)", text):
-        name = flag.replace("-", "_")
-        if name in model.model_fields:
-            after = _after(f"--{flag}", arguments)
-            given = " ".join(itertools.takewhile(lambda a: not a.startswith("--"), after)) or "nothing"
-            return ConfigError(name, f"'{given}' given; must be {_allowed(model.model_fields[name].annotation)}")
-    if "sae" in model.model_fields and "Missing" in text:
-        return ConfigError("sae", "missing; name a run directory, an SAE folder or a Hub id")
-    extra = text.partition("Unrecognized options:")[2].split("  ")[0].strip()
-    return ConfigError(arguments[0], f"'{extra}' is not understood; see mlsae {arguments[0]} --help")
-
-
-def _after(flag: str, arguments: list[str]) -> list[str]:
-    return next((arguments[i + 1 :] for i, argument in enumerate(arguments) if argument.replace("_", "-") == flag), [])
+    """What the parser drew in a box, in one sentence of ours: a flag's value, a missing SAE, or words too many."""
+    text = " ".join(line.strip(" │|╭╮╰╯─-") for line in re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())
+    flags = _flags(model)
+    for flag in re.findall(r"--[a-z0-9-]+", text):
+        if flag in flags and flag in {argument.partition("=")[0].replace("_", "-") for argument in arguments}:
+            given = _values_of(flag, arguments)[-1] or "nothing"
+            field = flag[2:].replace("-", "_")
+            return ConfigError(field, f"'{given}' given; must be {_allowed(flags[flag].annotation)}")
+    if extra := re.search(r"Unrecognized options: (.+?) (?:For full|$)", text):
+        return ConfigError(
+            arguments[0], f"'{extra.group(1).strip()}' is not understood; see mlsae {arguments[0]} --help"
+        )
+    return ConfigError("sae", "missing; name a run directory, an SAE folder or a Hub id")
 
 
 def _allowed(annotation: Any) -> str:

@@ -4,12 +4,13 @@ Two recipes share one code path: what differs between them is data, in `RECIPES`
 This module imports neither torch nor transformers, so a config error costs a fraction of a second.
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -24,10 +25,10 @@ PrecisionName = Literal["float32", "bfloat16", "float16"]
 def _whole(value: Any) -> Any:
     """1e8 and "1e8" are the integer 100000000; everything else is left for the type check."""
     if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
+        for read in (int, float):
+            with contextlib.suppress(ValueError):
+                value = read(value)
+                break
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -140,7 +141,9 @@ C = TypeVar("C", bound="Config")  # typing.Self is refused by the shape checker 
 class Config(BaseModel):
     """A frozen set of knobs that refuses unknown keys and wrong types in one sentence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def __init__(self, **values: Any):
         try:
@@ -171,6 +174,8 @@ class DictionaryFields(Config):
 
     @model_validator(mode="after")
     def _layers_and_groups(self) -> "DictionaryFields":
+        if self.layers == ():
+            check_layers(self.layers)
         if self.layers is not None and self.groups > len(self.layers):
             raise ConfigError("groups", f"{self.groups} exceeds the {len(self.layers)} layers; lower it")
         return self
@@ -219,7 +224,7 @@ class MLSAEConfig(DictionaryFields):
             isinstance(values.get(name), str | bool | list | dict) for name in sizes
         ):
             return values  # left for the type check
-        if values.get("d_model") is None or values.get("groups", 1) < 1:
+        if values.get("d_model") is None or values["d_model"] < 1 or values.get("groups", 1) < 1:
             return values
         d_model, groups = values["d_model"], values.get("groups", 1)
         n_latents, factor = values.get("n_latents"), values.get("expansion_factor")
@@ -508,8 +513,26 @@ def config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
         return ConfigError(field, f"unknown key '{field}'; {remedy}")
     if first["type"] == "missing":
         return ConfigError(field, f"missing; give --{field.replace('_', '-')}")
+    if first["type"] == "finite_number":
+        return ConfigError(field, f"{given!r} given; must be {_range(model, field)}")
     allowed = first["msg"].replace("Input should be ", "must be ").replace("greater than or equal to", "at least")
     return ConfigError(field, f"{given!r} given; {allowed}")
+
+
+def _range(model: type[BaseModel], field: str) -> str:
+    """The bounds of a number, in words."""
+    names = {"Gt": "greater than", "Ge": "at least", "Lt": "less than", "Le": "at most"}
+    found = model.model_fields[field.partition(".")[0]]
+    bounds = [bound for part in (found, *get_args(found.annotation)) for bound in _bounds(part)]
+    words = [f"{names[type(bound).__name__]} {getattr(bound, type(bound).__name__.lower()):g}" for bound in bounds]
+    return " and ".join(words) or "a finite number"
+
+
+def _bounds(part: Any) -> list[Any]:
+    """The annotated-types bounds of a field or of an Annotated type."""
+    metadata = [*getattr(part, "metadata", ()), *getattr(part, "__metadata__", ())]
+    nested = [bound for item in metadata for bound in getattr(item, "metadata", ())]
+    return [bound for bound in [*metadata, *nested] if type(bound).__name__ in ("Gt", "Ge", "Lt", "Le")]
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -157,8 +157,8 @@ def disk_errors(path: Path) -> Generator[None]:
 
 def probe_writable(directory: Path) -> None:
     """Refuse, before any work, a folder that cannot be made or written to. Leaves nothing behind."""
-    missing = [p for p in [directory, *directory.parents] if not p.exists()]
     with disk_errors(directory):
+        missing = [p for p in [directory, *directory.parents] if not p.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".tmp-probe-{os.getpid()}"
         probe.write_bytes(b"")
@@ -169,8 +169,9 @@ def probe_writable(directory: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system that holds (or would hold) `path`."""
-    existing = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
-    return shutil.disk_usage(existing).free
+    with disk_errors(path):
+        existing = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+        return shutil.disk_usage(existing).free
 
 
 def cache_directory() -> Path:

@@ -45,7 +45,7 @@ class Tokenizer:
     @cached_property
     def bos_id(self) -> int | None:
         """The token that the tokenizer puts before every text, or None."""
-        first = self.hf("a").input_ids[:1]
+        first = self.hf("a", verbose=False).input_ids[:1]
         return int(first[0]) if first and first[0] == self.hf.bos_token_id else None
 
     @cached_property
@@ -58,7 +58,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the ids of a fixed text and of the special ids: tells tokenizers of the same size apart."""
-        ids = self.hf(_PROBE, add_special_tokens=False).input_ids
+        ids = self.hf(_PROBE, add_special_tokens=False, verbose=False).input_ids
         return hashlib.sha256(repr((ids, sorted(self.special_ids), self.bos_id)).encode()).hexdigest()
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:

@@ -81,8 +81,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, l
                     config.lm, device=device, dtype=dtype, separator_token=config.separator_token
                 )
             loop = Loop(config, lm, run, resume=resume, progress=progress, stop=stop)
-            report = loop.run()
-        return loop.summary(report, time.monotonic() - started)
+            loop.run()
+        return loop.summary(time.monotonic() - started)
     finally:
         run.close()
 
@@ -126,10 +126,9 @@ class Loop:
             self._say_passes()
             self.trainer.initialise(self._sample())
 
-    def run(self) -> StepReport | None:
+    def run(self) -> None:
         """Every remaining step; the loop itself."""
         reporter = self._reporter()
-        report = None
         try:
             for step in range(self.trainer.steps + 1, self.n_steps + 1):
                 report = self._step()
@@ -138,7 +137,6 @@ class Loop:
                     self._save()
                 if self.stop.asked and step < self.n_steps:
                     raise Interrupted("train", f"stopped after step {step} of {self.n_steps}; --resume continues")
-            return report
         finally:
             reporter.close()
 
@@ -158,15 +156,16 @@ class Loop:
                 self._save()
             raise NumericsError(error.field, f"{error.problem} (sequences {sequences} of the data)") from error
 
-    def summary(self, report: StepReport | None, seconds: float) -> Run:
+    def summary(self, seconds: float) -> Run:
         """The finished run in numbers."""
         tokens = self.trainer.steps * self.step_tokens
+        last = files.read_jsonl(self.run_directory.path / "metrics.jsonl")[-1]
         return Run(
             directory=str(self.run_directory.path),
             steps=self.trainer.steps,
             tokens=tokens,
             passes=self.position / len(self.blocks),
-            fvu=report.fvu if report else float("nan"),
+            fvu=last["fvu"],
             dead_fraction=float(self.trainer.dead().float().mean()),
             masked_by_norm=self.over_norm.tolist(),
             seconds=seconds,

@@ -45,9 +45,9 @@ def write_report(
     path: str | Path,
     *,
     title: str,
-    run: Mapping[str, Any] | None,
-    evaluation: Evaluation | Mapping[str, Any] | None,
     analysis: Analysis,
+    run: Mapping[str, Any] | None = None,
+    evaluation: Evaluation | Mapping[str, Any] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> list[Path]:
