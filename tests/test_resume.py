@@ -41,7 +41,13 @@ def serve():
     import torch
 
     torch.set_num_threads(1)
-    importlib.import_module("mlsae.train")
+    for name in (
+        "mlsae.train",
+        "safetensors.torch",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto",
+    ):
+        importlib.import_module(name)  # here once, and not in every trainer
     for line in sys.stdin:
         task = json.loads(line)
         child = os.fork()
@@ -231,7 +237,7 @@ def has_checkpoint(out):
     return any(out.glob("step-*"))
 
 
-@pytest.mark.parametrize(("name", "seed"), [("standard", 0), ("standard", 1), ("lawson2024, accumulating", 2)])
+@pytest.mark.parametrize(("name", "seed"), [("standard", 0), ("lawson2024, accumulating", 1)])
 def test_killed_five_times_at_random_it_ends_in_the_same_bits(trainers, whole, tmp_path, name, seed):
     """Half of the kills are aimed inside a save; the others fall anywhere after the first checkpoint."""
     config, reference = whole(name)
@@ -262,7 +268,7 @@ def test_killed_five_times_at_random_it_ends_in_the_same_bits(trainers, whole, t
 def test_stopped_at_many_steps_in_a_chain_it_ends_in_the_same_bits(trainers, whole, tmp_path, name):
     """SIGTERM while a step is taken: that step is finished and saved, the exit code says resumable."""
     config, reference = whole(name)
-    out, stops = tmp_path / "run", [1, 2, 7, 13, 40]
+    out, stops = tmp_path / "run", [1, 2, 7, 40]
     for stop in stops:
         blow = lambda event, stop=stop: (0.0, signal.SIGTERM) if event.get("step") == stop else None  # noqa: E731
         status, events = trainers.run(
@@ -294,7 +300,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again_as_if_new(trainers, 
     assert_same_run(out, reference)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.0005, 0.001, 0.002, 0.003])
+@pytest.mark.parametrize("delay", [0.0, 0.0005, 0.002])
 def test_killed_right_after_its_last_checkpoint_the_sae_is_there_once_resumed(trainers, whole, tmp_path, delay):
     """Between the last checkpoint and the last byte of `sae` no step is left to take, but something to write."""
     config, reference = whole("lawson2024")

@@ -319,7 +319,7 @@ class Materials(Config):
     """Text to train on: a .txt/.jsonl/.jsonl.zst/.parquet file, a folder of them, or a Hub dataset."""
     out: str
     """Run directory to write."""
-    tokens: Positive = 100_000_000
+    tokens: Annotated[Positive, Field(le=10**18)] = 100_000_000
     """Tokens to train on; past the end of the text it starts again, in a new order."""
 
 
@@ -354,7 +354,7 @@ class TrainConfig(TrainerConfig, DictionaryFields, Materials):
     """Token between documents; None: the tokenizer's end of sequence."""
     repeat: bool = True
     """Start over when the text ends; off: stop cleanly and say how many tokens were used."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 42
     """Seed of the initial weights and of the data order."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; None: the first accelerator, else cpu."""

@@ -19,7 +19,7 @@ from mlsae.analysis.report import write_report
 from mlsae.analyze import Analysis, analyze
 from mlsae.config import MLSAEConfig, TrainConfig
 from mlsae.data import TextSource, pack
-from mlsae.errors import ConfigError, DataError, ModelError
+from mlsae.errors import ConfigError, DataError, ModelError, ResourceError
 from mlsae.evaluate import Evaluation, evaluate
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
@@ -92,6 +92,8 @@ def demo(out: str | Path = "demo", *, minutes: float = 7.0, progress: bool = Tru
         raise ConfigError("minutes", f"{minutes:g}; give at least 0.5 or so")
     out = Path(out)
     files.probe_writable(out)
+    if (out / "run").exists():
+        raise ResourceError("out", f"'{out}' holds a demo already; choose another --out")
     folder = find_lm()
     texts = write_texts(out / "text")
     lm = LanguageModel.from_pretrained(folder, separator_token=SEPARATOR)
@@ -229,7 +231,9 @@ def _tokens(seconds: float, seconds_per_sequence: float) -> int:
 def outlook(metrics: Sequence[dict[str, Any]], fvu: float, factor: int = 10) -> str:
     """The held-out FVU beside what `factor` times the tokens would bring, by a power law through this run's own curve."""
     total = metrics[-1]["tokens"]
-    middle = [m for m in metrics if 0.1 * total <= m["tokens"] <= 0.8 * total]  # after warm-up, before the final decay
+    middle = [
+        m for m in metrics if 0.1 * total <= m["tokens"] <= 0.8 * total and m["fvu"] > 0
+    ]  # after warm-up, before the final decay
     reached = f"Held-out FVU is {fvu:.2f} after {total:,} tokens"
     if len(middle) < 8:
         return f"{reached}, too few to say what more would bring; give it more --minutes."

@@ -114,6 +114,8 @@ def open_blocks(
         return data
     limit = lm.context_length or BATCH_TOKENS
     length = min(BATCH_TOKENS, limit) if context_length is None else context_length
+    if length < 2:
+        raise ConfigError("context_length", f"{length}; at least 2 tokens are needed to predict one")
     if length > limit:
         raise ConfigError("context_length", f"{length} exceeds the model's {limit}; lower it")
     if isinstance(data, str):

@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -158,6 +159,8 @@ def disk_errors(path: Path) -> Generator[None]:
 def probe_writable(directory: Path) -> None:
     """Refuse, before any work, a folder that cannot be made or written to. Leaves nothing behind."""
     with disk_errors(directory):
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         missing = [p for p in [directory, *directory.parents] if not p.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".tmp-probe-{os.getpid()}"
@@ -214,23 +217,27 @@ class JsonLines:
     """An append-only file with one JSON object a line, whose length can be noted and returned to."""
 
     def __init__(self, path: Path):
+        self._path = path
         with disk_errors(path):
             self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line."""
-        self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        with disk_errors(self._path):
+            self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> int:
         """Make what was written durable; returns the length in bytes."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        with disk_errors(self._path):
+            os.fsync(self._file.fileno())
+            return self._file.tell()
 
     def truncate(self, length: int) -> None:
-        """Forget every line written after `length` was noted."""
-        self._file.truncate(length)
-        self._file.seek(length)
+        """Forget every line written after `length` was noted; a file that is shorter already stays as it is."""
+        with disk_errors(self._path):
+            self._file.truncate(min(length, self._path.stat().st_size))
+            self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Close the file."""
@@ -344,16 +351,20 @@ def _read_small(path: Path, max_bytes: int) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"key '{twice[0]}' stands twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"key '{twice}' stands twice")
+    return found
 
 
 def _depth(value: Any) -> int:
-    if not isinstance(value, dict | list):
-        return 0
-    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+    """Levels of nesting, counted level by level: a hostile file must not exhaust the stack."""
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, dict | list)]:
+        depth += 1
+        level = [x for container in level for x in (container.values() if isinstance(container, dict) else container)]
+    return depth
 
 
 def _kind(value: Any) -> str:
@@ -365,9 +376,11 @@ class _PlainYaml(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if keys.count(key) > 1:
+        seen: set[str] = set()
+        for (key_node, _), key in zip(node.value, map(str, keys), strict=True):
+            if key in seen:
                 raise ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

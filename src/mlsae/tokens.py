@@ -16,6 +16,13 @@ _PROBE = (
     "When Mary and John went to the store, John gave a drink to\n\n  def f(x):\n\treturn x**2 + 1234567.89  # naïve café\n"
     "El niño comió 3 manzanas. Übergrößenträger; 日本語のテキスト, русский текст, العربية, 한국어 🙂👩‍👩‍👧\r\n"
     "DON'T won't they'll I'd; A_B-C/D\\E <|endoftext|> </s> <s> [CLS] https://example.org/?q=1&r=%20 ....!!??  \u00a0end"
+    " Then the other three thought that although both brothers had gathered together, neither would whether the weather"
+    " changed; which children, should they quickly question strange things, might judge, enough? Because every night light"
+    " brings back what people work for: his first world, her great year, our own small school. Just before, somewhere under"
+    " an opening, they moved along with clever jazz musicians, vexing fixed boxes, and zigzag quartz wizards; pack my box"
+    " with five dozen liquor jugs. Information, communication, organisation and government of the international economy;"
+    " he was not able to say it, as she had been there. UPPER lower CamelCase snake_case kebab-case 3.14159 1,000,000 0x1F"
+    " <div class='a'>&amp;</div> {\"k\": [1, 2, null]} $x_1^2$ #tag @user 50% A&B (c) [d] 'e' ~ ` ^ | \\ / + = * _ - : ;"
 )
 
 
