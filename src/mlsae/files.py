@@ -40,11 +40,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        with open(staged, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
+        try:
+            with open(staged, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
         sync_directory(path.parent)
 
 
@@ -162,12 +165,14 @@ def probe_writable(directory: Path) -> None:
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         missing = [p for p in [directory, *directory.parents] if not p.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".tmp-probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-        for path in missing:
-            path.rmdir()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+        finally:
+            for path in [probe, *missing]:
+                with contextlib.suppress(OSError):
+                    path.unlink() if path == probe else path.rmdir()
 
 
 def free_bytes(path: Path) -> int:
@@ -184,8 +189,7 @@ def cache_directory() -> Path:
 
 def contained(root: Path, name: str) -> Path:
     """`root / name`, refused unless it stays inside `root`."""
-    path = (root / name).resolve()
-    if "\0" in name or not path.is_relative_to(root.resolve()):
+    if "\0" in name or not (path := (root / name).resolve()).is_relative_to(root.resolve()):
         raise ResourceError(str(root), f"{name!r} leads outside the folder; use a plain name")
     return path
 
@@ -194,11 +198,14 @@ class RunLock:
     """One writer per run directory: an flock the kernel frees when the process ends, so it is never stale."""
 
     def __init__(self, directory: Path):
+        path = directory / "run.lock"
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(directory / "run.lock", "a+")  # noqa: SIM115 - held as long as the lock
+            self._file = open(path, "a+")  # noqa: SIM115 - held as long as the lock
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or path.stat().st_ino != os.fstat(self._file.fileno()).st_ino:
+                raise BlockingIOError  # its holder removed it between open and flock: a lock on that file is no lock
         except OSError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
