@@ -264,6 +264,11 @@ def latents_in(d_model: int, expansion_factor: float) -> int:
     return int(product)
 
 
+def default_lr(n_latents: int) -> float:
+    """The learning rate for a dictionary of this size, 2e-4 at 2^14 latents (Gao et al. 2024's scaling)."""
+    return 2e-4 / math.sqrt(n_latents / 2**14)
+
+
 Positive = Annotated[Count, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -417,7 +422,7 @@ def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
         context_length=context,
         batch_size=batch,
         accumulation_steps=accumulation,
-        lr=_first(config.lr, rules.lr, 2e-4 / math.sqrt(sae.n_latents / config.groups / 2**14)),
+        lr=_first(config.lr, rules.lr, default_lr(sae.n_latents // config.groups)),
         warmup_fraction=_first(config.warmup_fraction, rules.warmup_fraction),
         decay_fraction=_first(config.decay_fraction, rules.decay_fraction),
         dead_after_tokens=_first(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mlsae import losses
-from mlsae.config import TrainerConfig
+from mlsae.config import TrainerConfig, default_lr
 from mlsae.errors import ConfigError, NumericsError
 from mlsae.initial import initialise
 from mlsae.sae import MLSAE, Code
@@ -74,25 +74,12 @@ class Trainer:
         self.rules = self.config.rules
         self.n_steps = n_steps
         n_latents = sae.config.n_latents
-        default_lr = 2e-4 / math.sqrt(n_latents / sae.config.groups / 2**14)
-        self.peak_lr = _given(self.config.lr, self.rules.lr, default_lr)
+        self.peak_lr = _given(self.config.lr, self.rules.lr, default_lr(n_latents // sae.config.groups))
         self.k_aux = _given(self.config.k_aux, min(256, n_latents))
         self.dead_after = _given(self.config.dead_after_tokens, self.rules.dead_after_tokens, 10_000_000)
         if self.rules.dead_clock == "forwards":
             self.dead_after //= step_tokens or 131_072  # defect D2: a count of steps, compared with a count of forwards
-        self.optimizer = torch.optim.Adam(
-            [getattr(sae, name) for name in WEIGHTS],
-            lr=self.peak_lr,
-            betas=self.config.adam_betas,
-            eps=self.config.adam_eps,
-            fused=sae.W_enc.device.type in ("cpu", "cuda"),
-        )
-        for weight in self._weights():  # Adam's own moments, made now so that state() always has them
-            self.optimizer.state[weight] = {
-                "step": torch.tensor(0.0, device=sae.W_enc.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
+        self.optimizer = self._adam()
         self.precision = self.config.precision or "float32"
         self.scaler = torch.amp.GradScaler(sae.W_enc.device.type, enabled=self.precision == "float16")
         self.variance: Float[Tensor, " layer"] | None = None
@@ -104,6 +91,18 @@ class Trainer:
         self.overflows = 0
         """float16 steps skipped in a row."""
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def _adam(self) -> torch.optim.Adam:
+        """Adam with its moments made at once, so that `state()` always has them."""
+        device = self.sae.W_enc.device
+        fused = device.type in ("cpu", "cuda")
+        adam = torch.optim.Adam(
+            self._weights(), lr=self.peak_lr, betas=self.config.adam_betas, eps=self.config.adam_eps, fused=fused
+        )
+        for weight in self._weights():
+            moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            adam.state[weight] = {"step": torch.tensor(0.0, device=device), **moments}
+        return adam
 
     def initialise(self, batches: Iterable[Float[Tensor, "layer _ d_model"]]) -> Float[Tensor, " layer"]:
         """Fit the SAE to a sample, of which `init_tokens` are used; returns each layer's variance."""
