@@ -88,7 +88,7 @@ except files.ResourceError as error:
 
 
 def test_bytes_are_durable_before_their_name_is(tmp_path, monkeypatch):
-    """fsync of the file, then the rename, then fsync of the folder: in another order a crash can lose what was reported as written."""
+    """The file is synced, then renamed, then its folder synced: in another order a crash can lose what was reported."""
     log = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(
