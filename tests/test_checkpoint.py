@@ -543,7 +543,8 @@ def test_simultaneous_starts_give_one_writer(tmp_path):
                 os.close(gate[1])
                 os.read(gate[0], 1)  # until the parent closes its end
                 try:
-                    RunDirectory(path, CONFIG, resume=False)
+                    held = RunDirectory(path, CONFIG, resume=False)  # kept: the lock goes with the object
+                    assert held.lock
                     os.write(out[1], b"held\n")
                 except ResourceError as error:
                     os.write(out[1], error.problem.replace("\n", " ").encode() + b"\n")

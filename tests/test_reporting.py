@@ -96,8 +96,12 @@ def test_a_logger_that_is_not_installed_is_announced_once(tmp_path, caplog, monk
     assert "logging to files only" in caplog.text
 
 
-class UsageError(Exception):
-    """As wandb's own errors, a subclass of nothing but Exception: what `init` raises where nobody is logged in."""
+class OwnError(Exception):
+    """As `wandb.Error`, a subclass of nothing but Exception."""
+
+
+class UsageError(OwnError):
+    """As wandb's: what `init` raises where nobody is logged in."""
 
 
 @pytest.mark.parametrize("error", [UsageError, RuntimeError, OSError, ValueError, TimeoutError])
@@ -108,7 +112,7 @@ def test_a_logger_that_cannot_start_is_announced_once(tmp_path, caplog, monkeypa
     def init(**options):
         raise error("api_key not configured")
 
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init, Error=OwnError))
     assert open_logger(name, tmp_path, {}) is None
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
     assert f"log_to: {name} cannot start (api_key not configured)" in caplog.text

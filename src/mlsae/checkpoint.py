@@ -12,6 +12,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,21 @@ class RunDirectory:
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool):
         self.path = path
         self.config = config
+        self._made = not path.exists()
+        self._claimed = False
         if path.exists() and not path.is_dir():
             raise ResourceError(str(path), "is a file; choose a folder with --out")
-        self._claimed = False
         if resume and not self.steps():
             raise ResourceError(str(path), "no checkpoint in it; start without --resume")
-        files.probe_writable(path)
-        self.lock = files.RunLock(path)
+        try:
+            self.lock = files.RunLock(path)
+        except ResourceError:
+            if self._made:
+                files.remove_if_empty(path)
+            raise
         try:
             files.sweep(path)
+            files.sweep(path / "sae")
             self._claim(resume)
         except BaseException:
             self.close()
@@ -68,8 +75,8 @@ class RunDirectory:
         """Write config.json into a new folder; in an old one, refuse a different config or a start over a run."""
         stored = self.path / "config.json"
         if not stored.exists():
-            files.write_json(stored, self.config)
             self._claimed = True
+            files.write_json(stored, self.config)
             return
         before = files.read_json(stored)
         now = files.finite(dict(self.config))
@@ -86,7 +93,8 @@ class RunDirectory:
 
     def steps(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        return sorted(self.path.glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
+        found = [path for path in self.path.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write one checkpoint durably, verify it, and drop the oldest beyond `keep`.
@@ -98,15 +106,17 @@ class RunDirectory:
             if not finite.all():
                 raise NumericsError(name, f"not finite at step {checkpoint.step}; the last checkpoint stands")
         target = self.path / f"step-{checkpoint.step:08d}"
-        with files.staged_directory(target) as staged:
-            files.save_tensors(staged / "sae.safetensors", checkpoint.sae)
-            files.save_tensors(staged / "state.safetensors", checkpoint.state)
-            files.write_text(staged / "state.json", files.canonical_json(checkpoint.info))
-            files.write_text(staged / "manifest.json", _manifest(staged, checkpoint.step, self.config))
-        _check_manifest(target, sizes_only=True)
-        log.info("checkpoint step %d verified", checkpoint.step)
-        for old in self.steps()[:-keep]:
-            files.remove(old)
+        with files.disk_errors(target):
+            if not _verifies(target):
+                with files.staged_directory(target) as staged:
+                    files.save_tensors(staged / "sae.safetensors", checkpoint.sae)
+                    files.save_tensors(staged / "state.safetensors", checkpoint.state)
+                    files.write_text(staged / "state.json", files.canonical_json(checkpoint.info))
+                    files.write_text(staged / "manifest.json", _manifest(staged, checkpoint, self.config))
+            _check_manifest(target, sizes_only=True)
+            log.info("checkpoint step %d verified", checkpoint.step)
+            for old in self.steps()[:-keep]:
+                files.remove(old)
 
     def load(self) -> Checkpoint:
         """The newest checkpoint whose every byte is as written; each one passed over is named and set aside.
@@ -119,6 +129,9 @@ class RunDirectory:
                 manifest = _check_manifest(directory)
             except (ConfigError, ResourceError) as error:
                 reasons.append(f"{directory.name} {error.problem}")
+                continue
+            except OSError as error:
+                reasons.append(f"{directory.name} cannot be read ({error.strerror or error})")
                 continue
             for reason in reasons:
                 log.warning("%s; using %s", reason, directory.name)
@@ -141,25 +154,35 @@ class RunDirectory:
 
     def _warn_of_changes(self, manifest: Mapping[str, Any]) -> None:
         here = _environment()
-        if changed := [f"{key} {manifest[key]} -> {here[key]}" for key in here if manifest.get(key) != here[key]]:
+        if changed := [f"{key} {manifest.get(key)} -> {here[key]}" for key in here if manifest.get(key) != here[key]]:
             log.warning("resuming with %s: bit-exactness is not promised", ", ".join(changed))
 
     def close(self) -> None:
-        """Give the folder up; one that we claimed and in which no step was taken leaves no trace."""
+        """Give the folder up; a new one in which no step was taken leaves no trace."""
         metrics = self.path / "metrics.jsonl"
-        if self._claimed and not self.steps() and not (metrics.exists() and metrics.stat().st_size):
-            for name in ("config.json", "metrics.jsonl", "run.lock"):
+        stepped = self.steps() or (metrics.exists() and metrics.stat().st_size)
+        if (self._made or self._claimed) and not stepped:
+            for name in ("config.json", "metrics.jsonl", "run.lock") if self._claimed else ("run.lock",):
                 files.remove(self.path / name)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+            if self._made:
+                files.remove_if_empty(self.path)
         self.lock.release()
 
 
-def _manifest(directory: Path, step: int, config: Mapping[str, Any]) -> str:
+def _verifies(directory: Path) -> bool:
+    """Whether a checkpoint of this step stands already, as it does when the run stops right after saving it."""
+    try:
+        return bool(directory.exists() and _check_manifest(directory))
+    except (ConfigError, ResourceError):
+        return False
+
+
+def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
     fields: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "step": step,
-        "config_sha256": _digest(files.finite(dict(config))),
+        "step": checkpoint.step,
+        "device": ", ".join(sorted({str(tensor.device) for tensor in checkpoint.sae.values()})),
+        "config_sha256": _digest({key: value for key, value in files.finite(dict(config)).items() if key != "out"}),
         **_environment(),
         "files": {
             name: {"bytes": (directory / name).stat().st_size, "sha256": files.sha256(directory / name)}
@@ -173,9 +196,9 @@ def _check_manifest(directory: Path, *, sizes_only: bool = False) -> dict[str, A
     """The manifest, once it and every file it names are as they were written."""
     path = directory / "manifest.json"
     manifest = files.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format_version", 0) > FORMAT_VERSION:
-        newest = manifest.get("format_version") if isinstance(manifest, dict) else None
-        raise ResourceError(str(path), f"has format {newest}; this version reads up to {FORMAT_VERSION}")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ResourceError(str(path), f"has format {version}; this version reads up to {FORMAT_VERSION}")
     fields = {key: value for key, value in manifest.items() if key != "sha256"}
     if path.read_text() != files.canonical_json(manifest) or manifest.get("sha256") != _digest(fields):
         raise ResourceError(str(path), "failed its checksum (manifest.json)")
@@ -194,4 +217,5 @@ def _digest(value: Any) -> str:
 
 def _environment() -> dict[str, Any]:
     """What bit-exactness depends on besides the files."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions = {name: metadata.version(name) for name in ("mlsae", "torch", "transformers")}
+    return {"python": platform.python_version(), **versions, "threads": torch.get_num_threads()}

@@ -22,6 +22,8 @@ def choose_device(name: str | None) -> torch.device:
         return found if found is not None else torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type not in {found.partition(":")[0] for found in devices()}:
+            raise RuntimeError(f"no {device.type} here")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError("device", f"'{name}' is not here; this machine has {', '.join(devices())}") from error
@@ -56,6 +58,8 @@ def lm_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The language model's precision: the one asked for, else bfloat16 on CUDA that has it, else float32."""
     if name == "float16" and device.type == "cpu":
         raise ConfigError("lm_dtype", "float16 is not supported on CPU; use float32 or bfloat16")
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("lm_dtype", f"bfloat16 is not supported on {device}; use float32 or float16")
     if name is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return getattr(torch, name)

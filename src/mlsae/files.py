@@ -123,6 +123,12 @@ def remove(path: Path) -> None:
         trash.unlink()
 
 
+def remove_if_empty(directory: Path) -> None:
+    """Delete a folder that nobody put anything into."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
 def rename(source: Path, target: Path) -> None:
     """Rename durably within one folder."""
     os.rename(source, target)
@@ -250,6 +256,12 @@ class JsonLines:
         """Close the file."""
         self._file.close()
 
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
@@ -268,7 +280,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 def parse_json(text: str, path: Path) -> Any:
     """The value of a JSON text; `path` names it in errors."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except RecursionError:
         raise ConfigError(str(path), f"nested deeper than {MAX_JSON_DEPTH} levels; not one of our files") from None
     except json.JSONDecodeError as error:
@@ -355,6 +367,10 @@ def _read_small(path: Path, max_bytes: int) -> str:
     if not text.strip():
         raise ConfigError(str(path), "line 1, column 1: the file is empty")
     return text
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}, which is not JSON")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Reading:
     def to_train(self, sae: MLSAE) -> Float[Tensor, "layer token d_model"]:
         """What the SAE is trained on: the visible vectors, or (lawson2024, defect D5) all, with the others zeroed and kept."""
         if sae.config.special_tokens == "zero":
-            return (self.resid * self.visible[..., None]).flatten(1, 2)
+            return self.resid.where(self.visible[..., None], 0.0).flatten(1, 2)
         return self.vectors
 
 

@@ -1,8 +1,9 @@
 """What a long run tells people and programs: a progress bar, metrics.jsonl, and, if asked, one outside logger."""
 
 import logging
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -31,12 +32,41 @@ def open_logger(name: str | None, run: Path, config: Mapping[str, Any]) -> Logge
     if name is None:
         return None
     try:
-        return {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}[name](run, config)
+        return _Careful(name, {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}[name](run, config))
     except ImportError as error:
         log.warning("log_to: %s is not installed (%s); logging to files only", name, error)
-    except (OSError, RuntimeError, ValueError) as error:
+    except _failures(name) as error:
         log.warning("log_to: %s cannot start (%s); logging to files only", name, error)
     return None
+
+
+def _failures(name: str) -> tuple[type[Exception], ...]:
+    """What an outside logger raises when it cannot do its work: the usual errors, and its package's own."""
+    own = getattr(sys.modules.get(name), "Error", RuntimeError)
+    return (OSError, RuntimeError, ValueError, own)
+
+
+class _Careful:
+    """A logger whose failures end its own work and not the run's."""
+
+    def __init__(self, name: str, logger: Logger):
+        self._name, self._logger = name, logger
+        self._broken = False
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._try(lambda: self._logger.log(metrics, step))
+
+    def close(self) -> None:
+        self._try(self._logger.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self._broken:
+            return
+        try:
+            call()
+        except _failures(self._name) as error:
+            self._broken = True
+            log.warning("log_to: %s stopped (%s); logging to files only", self._name, error)
 
 
 class _Wandb:
@@ -93,7 +123,7 @@ class Reporter:
         self._tokens_here += n_tokens
         self._bar.update(n_tokens)
         self._bar.set_postfix_str(f"FVU {report.fvu:.3f}, dead {report.dead_fraction:.1%}", refresh=False)
-        if report.step % self._every == 0 or last:
+        if report.step % self._every == 0 or last or "validation_fvu" in extra:
             elapsed = time.monotonic() - self._started
             wall = {"elapsed_seconds": round(elapsed, 3), "tokens_per_second": round(self._tokens_here / elapsed, 1)}
             record = {**report.to_dict(), **extra, **wall}
@@ -102,11 +132,16 @@ class Reporter:
                 self._logger.log({k: v for k, v in record.items() if k != "step"}, report.step)
 
     def close(self) -> None:
-        """Finish the bar, the file and the logger."""
+        """Finish the bar and the logger."""
         self._bar.close()
-        self._metrics.close()
         if self._logger is not None:
             self._logger.close()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def bar(items: Iterable[Any], *, total: int, desc: str, progress: bool, unit: str = "tok") -> Iterator[Any]:

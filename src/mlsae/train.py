@@ -111,6 +111,10 @@ class Loop:
             raise DataError("data", f"holds token {largest}; {lm.name} has {lm.d_vocab} tokens; use its own tokenizer")
         if not config.repeat:
             self.n_steps = min(self.n_steps, len(self.blocks) // (self.batch * self.accumulation))
+        if self.n_steps == 0:
+            raise DataError(
+                "data", f"{self.blocks.n_tokens} tokens is less than one step ({self.step_tokens}); allow --repeat"
+            )
         torch.manual_seed(config.seed)
         sae = MLSAE(_sae_config(config, lm)).to(lm.device)
         check_pair(lm, sae)
@@ -118,7 +122,8 @@ class Loop:
         self.position = 0
         """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
         self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
-        self.metrics = files.JsonLines(run.path / "metrics.jsonl")
+        self.metrics_bytes = 0
+        """Length of metrics.jsonl that belongs to what was resumed; what a killed process wrote after it is forgotten."""
         self.validation = self._validation_blocks()
         if resume:
             self._load(run.load())
@@ -128,8 +133,8 @@ class Loop:
 
     def run(self) -> None:
         """Every remaining step; the loop itself."""
-        reporter = self._reporter()
-        try:
+        with files.JsonLines(self.run_directory.path / "metrics.jsonl") as self.metrics, self._reporter() as reporter:
+            self.metrics.truncate(self.metrics_bytes)
             for step in range(self.trainer.steps + 1, self.n_steps + 1):
                 report = self._step()
                 reporter.report(report, self.step_tokens, self._extra(step), last=step == self.n_steps)
@@ -137,8 +142,7 @@ class Loop:
                     self._save()
                 if self.stop.asked and step < self.n_steps:
                     raise Interrupted("train", f"stopped after step {step} of {self.n_steps}; --resume continues")
-        finally:
-            reporter.close()
+            self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
     def _step(self) -> StepReport:
         """Read a step's text and learn from it; one that is not finite is undone, the state before it saved, the run ended."""
@@ -175,6 +179,8 @@ class Loop:
         for _ in range(self.accumulation):
             yield self._read(self.blocks, self.position, self.batch)
             self.position += self.batch
+            if (passed := self.blocks.pass_of(self.position)) > self.blocks.pass_of(self.position - self.batch):
+                log.warning("the text was read %d times and starts over in a new order", passed)
 
     def _read(self, blocks: TokenBlocks, position: int, n: int) -> torch.Tensor:
         return blocks.read(position, n, seed=self.config.seed, order=self.config.rules.order)
@@ -217,7 +223,7 @@ class Loop:
         torch.set_rng_state(checkpoint.state["rng.torch"])
         self.over_norm = checkpoint.state["over_norm"]
         self.position = checkpoint.info["position"]
-        self.metrics.truncate(checkpoint.info["metrics_bytes"])
+        self.metrics_bytes = checkpoint.info["metrics_bytes"]
         log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
 
     def _say_passes(self) -> None:
@@ -241,8 +247,10 @@ def validate(loop: Loop, blocks: TokenBlocks) -> float:
     """Mean FVU on held-out text; lawson2024 reads the start of the training stream and moves the clock by it (D8, D18)."""
     sae, trainer = loop.trainer.sae, loop.trainer
     sums = ReconstructionSums(len(sae.layers), sae.config.d_model)
-    for position in range(0, min(loop.config.validation_sequences, len(blocks)), loop.batch):
-        vectors = read(loop.lm, sae, blocks.read(position, loop.batch, order="file")).to_train(sae)
+    n_blocks = min(loop.config.validation_sequences, len(blocks))
+    for position in range(0, n_blocks, loop.batch):
+        tokens = blocks.read(position, min(loop.batch, n_blocks - position), order="file")
+        vectors = read(loop.lm, sae, tokens).to_train(sae)
         code, recon = sae(vectors)
         sums.update(vectors, recon, code.values)
         if trainer.rules.validation_counts:
@@ -296,7 +304,8 @@ class StopFlag:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         log.warning("stopping after this step; a second signal stops at once")
 
     def __exit__(self, *exception: object) -> None:

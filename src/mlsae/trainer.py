@@ -86,6 +86,7 @@ class Trainer:
         self.quiet = torch.zeros(n_latents, dtype=torch.int64, device=sae.W_enc.device)
         """Tokens (lawson2024: forward passes) since each latent was last active, at any layer."""
         self._quiet_before = self.quiet
+        self._decoder_before = sae.W_dec.detach()
         self.steps = 0
         self.tokens = 0
         self.overflows = 0
@@ -124,6 +125,8 @@ class Trainer:
         variance = self.variance if self.variance is not None else self.initialise([resid])
         if resid.shape[1] == 0:
             return
+        if self.rules.normalize == "each_micro_batch" and not self._parts:
+            self._decoder_before = self.sae.W_dec.detach().clone()
         with self._autocast():
             code, recon = self.sae(resid)
         self.tick(code, resid.shape[1])
@@ -209,6 +212,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._parts = []
         self.quiet = self._quiet_before
+        if self.rules.normalize == "each_micro_batch":
+            self.sae.W_dec.data.copy_(self._decoder_before)
 
     def _schedule(self) -> float:
         """Set and return this step's learning rate: linear warm-up, constant, linear decay."""
