@@ -20,9 +20,9 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
     """Ten lines, with a tiny model and text in place of the named ones."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     save_tiny_lm(tmp_path / "lm")
-    words = " ".join(f"word{i % 97} and {i % 13}" for i in range(60))
+    words = " ".join(f"word{i % 97} and {i % 13}" for i in range(12))
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{i} {words}"}}\n' for i in range(400)))
-    block = block.replace("EleutherAI/pythia-70m-deduped", "lm").replace("10_000_000", "20_000, context_length=32")
+    block = block.replace("EleutherAI/pythia-70m-deduped", "lm").replace("10_000_000", "6_000, context_length=32")
     monkeypatch.chdir(tmp_path)
     printed: list[object] = []
     exec(block, {"print": lambda *values: printed.extend(values)})

@@ -274,6 +274,7 @@ def defaults(module: str) -> list[ast.AST]:
 
 EXAMINED = {
     # Texts, paths and objects: only the empty one, or None, is false.
+    "checkpoint.py": {"self.steps()", "error.strerror"},
     "cli.py": {"command.out"},
     "data.py": {"blocks.info.complete"},
     "files.py": {"os.environ.get('MLSAE_CACHE')", "error.strerror", "error.problem", "error.problem_mark"},
