@@ -1,4 +1,4 @@
-"""The training step in NumPy float64, written from METHOD sections 4-7 and 13 alone: what the tests compare with.
+"""The training step in NumPy float64, written from the equations alone (docs/method.md): what the tests compare with.
 
 Everything is dense and obvious: a code is a [layer, token, n_latents] array that is zero off its support, and every
 gradient is derived by hand. Weights carry a leading group axis: W_enc, W_dec [group, n_latents, d_model], b_pre

@@ -85,7 +85,7 @@ def test_rows_pick_their_own_statistics():
 
 
 def test_layer_frame_folds_into_plain_saes():
-    """METHOD 4: W_enc / sigma, b_enc = -W_enc (b_pre + mu / sigma), sigma W_dec, b_dec = sigma b_pre + mu."""
+    """Folding is exact: W_enc / sigma, b_enc = -W_enc (b_pre + mu / sigma), sigma W_dec, b_dec = sigma b_pre + mu."""
     torch.manual_seed(0)
     resid = random_resid()
     sae = MLSAE(MLSAEConfig(d_model=5, n_latents=20, k=3, layers=(0, 1, 2))).double()

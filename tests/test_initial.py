@@ -140,7 +140,7 @@ def test_a_short_sample_is_used_whole():
 
 
 def test_the_median_sample_is_thinned_but_not_below_its_size(monkeypatch):
-    """METHOD 4: at least so many vectors, all layers pooled, however much longer the sample is."""
+    """At least so many vectors, all layers pooled, however much longer the sample is."""
     seen = []
     monkeypatch.setattr(initial, "MEDIAN_VECTORS", 300)
     monkeypatch.setattr(initial, "geometric_median", lambda points: seen.append(len(points)) or points.mean(0))

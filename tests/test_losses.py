@@ -153,7 +153,7 @@ def test_aux_is_scale_free():
 
 
 def test_a_group_without_dead_latents_adds_nothing_to_aux():
-    """Groups are separate SAEs (METHOD 11), and AuxK of an SAE without dead latents is exactly 0 (METHOD 5)."""
+    """Groups are separate SAEs, and AuxK of an SAE without dead latents is exactly 0."""
     sae, resid, code, recon = aux_inputs(groups=2)
     dead = torch.arange(24) < 12
     both = aux_residual(sae, resid, code, recon, dead, 3).detach()

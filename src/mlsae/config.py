@@ -1,6 +1,6 @@
 """Every knob, once: a field with its unit in the docstring under it. Flags, help, YAML keys and config.json all derive from here.
 
-Two recipes share one code path: what differs between them is data, in `RECIPES` (METHOD: defects D1-D29 of the published code).
+Two recipes share one code path: what differs between them is data, in `RECIPES` (docs/method.md says what each rule is).
 This module imports neither torch nor transformers, so a config error costs a fraction of a second.
 """
 

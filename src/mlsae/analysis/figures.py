@@ -53,7 +53,7 @@ PARTS = {
     "token": "same latent, other tokens",
     "latent": "different latents",
 }
-"""The terms of the depth variance, as METHOD.md names them, and what differs."""
+"""The terms of the depth variance, by their names in the decomposition, and what differs."""
 
 
 @dataclass(frozen=True)
