@@ -78,7 +78,7 @@ def test_fingerprints_tell_tokenizers_of_one_size_apart():
         "other merges": changed(merges=[("h", "e")]),
         "both merges": changed(merges=[("t", "h"), ("h", "e")]),
         "pre-tokenizer": changed(merges=[("t", "h")], pre_tokenizer=split_digits()),
-        "prefix": changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "prefix": changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True), add_prefix_space=True),
         "normalizer": changed(normalizer=normalizers.Lowercase()),
         "no pad": changed(pad_token=None),
         "eos is bos": changed(eos_token="<|bos|>", bos_token=None, pad_token=None),
