@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import os
 import random
 import signal
 from pathlib import Path
@@ -11,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from mlsae.config import TrainConfig
-from mlsae.data import TokenBlocks
+from mlsae.data import pack
 from mlsae.errors import ConfigError, DataError, Interrupted, MlsaeError, ModelError, NumericsError
 from mlsae.files import read_json, read_jsonl
 from mlsae.lm import LanguageModel
+from mlsae.text import TextSource
+from mlsae.tokens import Tokenizer
 from mlsae.train import StopFlag, train
 from tiny import save_tiny_lm
 
@@ -114,10 +116,9 @@ def test_a_run_writes_what_is_documented(run, places):
 
 
 def blocks_of(places):
-    """All the blocks of the training part, read from the cache."""
-    folders = (Path(os.environ["MLSAE_CACHE"]) / "tokens").iterdir()
-    found = [TokenBlocks.open(folder) for folder in folders if not folder.name.startswith(".")]
-    return max((b for b in found if b.context_length == CONTEXT), key=len)
+    """All the blocks of the training part, as a run reads them."""
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(places["lm"]))
+    return pack(TextSource(places["data"], "train"), tokenizer, CONTEXT, progress=False)
 
 
 def test_training_lowers_fvu(run):
@@ -197,7 +198,7 @@ def test_a_subset_of_layers_means_model_layers(run, lm, places):
     every, some = run(**off), run(**off, layers=(2, 0))
     assert some.sae.layers == (2, 0)
     assert torch.equal(some.sae.frame.mean, every.sae.frame.mean[[2, 0]])
-    tokens = torch.cat([blocks_of(places).read(p, 4, seed=42) for p in range(0, len(blocks_of(places)), 4)])
+    tokens = blocks_of(places).read(0, len(blocks_of(places)), seed=42)
     resid = lm.resid(tokens)[:, lm.keep_mask(tokens)]
     torch.testing.assert_close(every.sae.frame.mean, resid.mean(1), rtol=1e-4, atol=1e-5)
 

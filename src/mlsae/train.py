@@ -190,8 +190,8 @@ class Loop:
         for position in range(0, len(self.blocks), self.batch):
             if self.stop.asked:
                 raise Interrupted("train", "stopped before the first step; nothing was written")
-            sae = self.trainer.sae
-            yield read(self.lm, sae, self._read(self.blocks, position, self.batch)).to_train(sae)
+            sae, n = self.trainer.sae, min(self.batch, len(self.blocks) - position)  # each block once
+            yield read(self.lm, sae, self._read(self.blocks, position, n)).to_train(sae)
 
     def _validation_blocks(self) -> TokenBlocks | None:
         if self.config.validate_every_steps is None:
