@@ -421,19 +421,6 @@ def test_json_at_the_limit_of_depth(tmp_path):
     files.parse_json("[" * 32 + "]" * 32, Path("a.json"))
 
 
-@pytest.mark.parametrize("read", [files.read_json, files.read_yaml])
-def test_many_keys_take_time_in_proportion(tmp_path, read):
-    """A file within the size limit must not stop the process for minutes: 100,000 keys fit."""
-    n = {files.read_json: 8_000, files.read_yaml: 5_000}[read]
-    seconds = []
-    for size in (n // 4, n):
-        (tmp_path / "a").write_text("{" + ", ".join(f'"k{i:06d}": 1' for i in range(size)) + "}")
-        started = time.process_time()
-        assert len(read(tmp_path / "a")) == size
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 6 * seconds[0] + 0.05
-
-
 def test_yaml_numbers_are_numbers(tmp_path):
     (tmp_path / "a.yaml").write_text("tokens: 1e8\nlr: 2e-4\nk: 32\nbig: 1.5E+3\nneg: -1e3\ntext: e8\nname: '1e8'\n")
     values = files.read_yaml(tmp_path / "a.yaml")
