@@ -322,3 +322,15 @@ def test_a_silenced_latent_is_dead_after_its_tokens(tokens, accumulation, groups
         step()
         assert trainer.quiet[latent] == seen
     assert trainer.dead()[latent]
+
+
+def test_a_step_that_fails_keeps_what_was_counted_before_it():
+    """Validation may move the clock between two steps (lawson2024, D8); undoing a step must not undo that."""
+    sae = MLSAE(MLSAEConfig(d_model=6, n_latents=24, k=3, layers=(0, 1), frame="vector", recipe="lawson2024"))
+    trainer, resid = Trainer(sae), torch.randn(2, 16, 6)
+    trainer.step(resid)
+    trainer.tick(sae.encode(resid), 16)
+    before = trainer.quiet.clone()
+    with pytest.raises(NumericsError):
+        trainer.step(resid * torch.nan)
+    assert torch.equal(trainer.quiet, before)

@@ -125,7 +125,7 @@ def analyze(
     started = time.monotonic()
     sae, lm = open_pair(sae, lm)
     activity = prompt_activity(sae, lm, prompt)  # first: a prompt that cannot be read must not cost hours
-    blocks = open_blocks(sae, lm, data, split=split, context_length=context_length, progress=progress)
+    blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
     means = resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), progress=progress)
     similarity = AdjacentSimilarity(means)
     statistics = LayerStatistics(len(sae.layers), sae.config.n_latents)

@@ -77,7 +77,7 @@ def evaluate(
     """
     started = time.monotonic()
     sae, lm = open_pair(sae, lm)
-    blocks = open_blocks(sae, lm, data, split=split, context_length=context_length, progress=progress)
+    blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
     sums = EvaluationSums(sae)
     spliced = 0
     for batch in token_batches(blocks, tokens, desc="evaluate", progress=progress):
@@ -105,11 +105,15 @@ def open_blocks(
     lm: LanguageModel,
     data: str | TextSource | TokenBlocks,
     *,
+    tokens: int,
     split: str | None,
     context_length: int | None,
     progress: bool,
 ) -> TokenBlocks:
-    """Token blocks of the text to judge by: held out from training unless another split is named."""
+    """Token blocks of the text to judge by: held out from training unless another split is named.
+
+    All of the text is packed, so that `tokens` of it are an even sample, but of a stream no more than `tokens`.
+    """
     if isinstance(data, TokenBlocks):
         return data
     limit = lm.context_length or BATCH_TOKENS
@@ -120,7 +124,7 @@ def open_blocks(
         raise ConfigError("context_length", f"{length} exceeds the model's {limit}; lower it")
     if isinstance(data, str):
         data = TextSource(data, held_out_split(sae, data) if split is None else split)
-    return pack(data, lm.tokenizer, length, progress=progress)
+    return pack(data, lm.tokenizer, length, max_tokens=tokens if data.streaming else None, progress=progress)
 
 
 def held_out_split(sae: MLSAE, data: str) -> str:

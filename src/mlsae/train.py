@@ -177,13 +177,13 @@ class Loop:
 
     def _micro_batches(self) -> Iterator[torch.Tensor]:
         for _ in range(self.accumulation):
-            yield self._read(self.blocks, self.position, self.batch)
+            yield self._read(self.position, self.batch)
             self.position += self.batch
             if (passed := self.blocks.pass_of(self.position)) > self.blocks.pass_of(self.position - self.batch):
                 log.warning("the text was read %d times and starts over in a new order", passed)
 
-    def _read(self, blocks: TokenBlocks, position: int, n: int) -> torch.Tensor:
-        return blocks.read(position, n, seed=self.config.seed, order=self.config.rules.order)
+    def _read(self, position: int, n: int) -> torch.Tensor:
+        return self.blocks.read(position, n, seed=self.config.seed, order=self.config.rules.order)
 
     def _sample(self) -> Iterator[torch.Tensor]:
         """The first batches of the stream, for what is fixed before training."""
@@ -191,7 +191,7 @@ class Loop:
             if self.stop.asked:
                 raise Interrupted("train", "stopped before the first step; nothing was written")
             sae, n = self.trainer.sae, min(self.batch, len(self.blocks) - position)  # each block once
-            yield read(self.lm, sae, self._read(self.blocks, position, n)).to_train(sae)
+            yield read(self.lm, sae, self._read(position, n)).to_train(sae)
 
     def _validation_blocks(self) -> TokenBlocks | None:
         if self.config.validate_every_steps is None:
@@ -259,13 +259,14 @@ def validate(loop: Loop, blocks: TokenBlocks) -> float:
 
 
 def pack_split(config: TrainConfig, lm: LanguageModel, split: str, *, progress: bool) -> TokenBlocks:
-    """The token blocks of one part of the training data."""
+    """The token blocks of one part of the training data; of a stream, no more than the run needs."""
     source = TextSource(config.data, split, config.text_column, config.skip_bad_rows, config.streaming)
-    needed = config.tokens + (config.context_length or 1) if split == config.split else None
+    context = config.context_length or 1
+    needed = config.tokens if split == config.split else config.validation_sequences * context
     return pack(
         source,
         lm.tokenizer,
-        config.context_length or 1,
+        context,
         max_tokens=needed if config.streaming else None,
         packing=config.rules.packing,
         progress=progress,

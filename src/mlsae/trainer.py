@@ -125,8 +125,10 @@ class Trainer:
         variance = self.variance if self.variance is not None else self.initialise([resid])
         if resid.shape[1] == 0:
             return
-        if self.rules.normalize == "each_micro_batch" and not self._parts:
-            self._decoder_before = self.sae.W_dec.detach().clone()
+        if not self._parts:
+            self._quiet_before = self.quiet
+            if self.rules.normalize == "each_micro_batch":
+                self._decoder_before = self.sae.W_dec.detach().clone()
         with self._autocast():
             code, recon = self.sae(resid)
         self.tick(code, resid.shape[1])
@@ -159,7 +161,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._quiet_before = self.quiet
         if self.rules.normalize == "after_step":
             self.sae.normalize_decoder_()
         self.steps += 1
@@ -271,7 +272,7 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state()` gave."""
-        self.quiet = self._quiet_before = state["quiet"].to(self.quiet)
+        self.quiet = state["quiet"].to(self.quiet)
         self.steps, self.tokens = state["counters"].tolist()
         self.variance = state["variance"].to(self.sae.W_enc) if "variance" in state else None
         for name in WEIGHTS:
