@@ -16,7 +16,7 @@ MODULES = sorted(str(path.relative_to(SRC)) for path in SRC.rglob("*.py"))
 ROOMS = [
     {"errors"},
     {"files", "config"},
-    {"textfiles", "tokens", "metrics", "frames", "ops", "ops.reference", "ops.cpu", "ops.gpu", "analysis.events"},
+    {"textfiles", "tokens", "metrics", "frames", "ops", "ops.autograd", "ops.reference", "ops.cpu", "ops.gpu", "analysis.events"},
     {"text", "devices", "sae"},
     {"data", "hub", "losses", "initial", "checkpoint"},
     {"lm", "trainer"},

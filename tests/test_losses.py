@@ -6,7 +6,7 @@ import torch
 
 import oracle
 from mlsae.config import RECIPES, MLSAEConfig
-from mlsae.losses import AUX, RECONSTRUCTION, all_scalars, aux_framed, aux_residual, per_dimension, squared_error
+from mlsae.losses import AUX, RECONSTRUCTION, all_scalars, aux_framed, aux_residual, per_dimension
 from mlsae.sae import MLSAE
 
 torch.set_num_threads(1)
@@ -58,15 +58,16 @@ def test_losses_and_gradients_are_the_equations(seed):
     want = oracle.losses(problem, oracle.weights_of(sae), resid, dead)
 
     x = torch.from_numpy(resid)
-    code, recon = sae(x)
-    fraction = RECONSTRUCTION[rules.variance](x, recon, torch.from_numpy(problem.variance)).mean()
+    code = sae.encode(x)
+    error, squared = sae.error(x, code)
+    fraction = RECONSTRUCTION[rules.variance](x, squared, torch.from_numpy(problem.variance)).mean()
     flags = torch.from_numpy(dead).flatten()
-    aux = problem.alpha * AUX[rules.aux](sae, x, code, recon, flags, problem.k_aux)
+    aux = problem.alpha * AUX[rules.aux](sae, x, code, error, flags, problem.k_aux, "auto")
     (fraction + aux).backward()
 
     assert float(fraction.detach()) == pytest.approx(want.recon_loss, rel=1e-10)
     assert float(aux.detach()) == pytest.approx(want.aux_loss, rel=1e-10, abs=1e-14)
-    np.testing.assert_allclose(recon.detach().numpy(), want.recon, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose((x - error).detach().numpy(), want.recon, rtol=1e-10, atol=1e-12)
     for name, grad in want.grads.items():
         weight = getattr(sae, name)
         got, size = weight.grad.numpy(), np.abs(grad).max()
@@ -88,18 +89,18 @@ def test_perfect_and_mean_reconstructions_lose_0_and_1():
     resid = torch.from_numpy(random_resid(np.random.default_rng(0), 3, 20, 5))
     mean = resid.mean(1, keepdim=True)
     variance = (resid - mean).square().mean((1, 2))
-    assert per_dimension(resid, resid, variance).tolist() == [0, 0, 0]
-    torch.testing.assert_close(per_dimension(resid, mean.expand_as(resid), variance), torch.ones(3).double())
-    scalar_mean = resid.mean((1, 2), keepdim=True).expand_as(resid)
+    assert per_dimension(resid, torch.zeros(3).double(), variance).tolist() == [0, 0, 0]
+    about_mean = (resid - mean).square().sum((1, 2))
+    torch.testing.assert_close(per_dimension(resid, about_mean, variance), torch.ones(3).double())
+    about_scalar_mean = (resid - resid.mean((1, 2), keepdim=True)).square().sum((1, 2))
     n = resid[0].numel()  # the published variance is unbiased
-    torch.testing.assert_close(all_scalars(resid, scalar_mean, variance), torch.full((3,), (n - 1) / n).double())
+    torch.testing.assert_close(all_scalars(resid, about_scalar_mean, variance), torch.full((3,), (n - 1) / n).double())
 
 
-def test_squared_error_by_hand():
-    resid, recon = torch.tensor([[[0.0, 4.0], [2.0, 6.0]]]), torch.tensor([[[1.0, 5.0], [1.0, 5.0]]])
-    assert squared_error(resid, recon).tolist() == [4.0]
-    assert per_dimension(resid, recon, torch.ones(1)).tolist() == [1.0]
-    assert all_scalars(resid, recon, torch.ones(1)).tolist() == pytest.approx([3 / 20])
+def test_fractions_by_hand():
+    resid, squared = torch.tensor([[[0.0, 4.0], [2.0, 6.0]]]), torch.tensor([4.0])
+    assert per_dimension(resid, squared, torch.ones(1)).tolist() == [1.0]
+    assert all_scalars(resid, squared, torch.ones(1)).tolist() == pytest.approx([3 / 20])
 
 
 def aux_inputs(groups=1, n_layers=2, frame="layer", n_tokens=6):
@@ -109,23 +110,23 @@ def aux_inputs(groups=1, n_layers=2, frame="layer", n_tokens=6):
     sae = MLSAE(config).double()
     sae.b_pre.data.normal_(0, 0.3)
     resid = torch.from_numpy(random_resid(np.random.default_rng(1), n_layers, n_tokens, 5))
-    code, recon = sae(resid)
-    return sae, resid, code, recon
+    code = sae.encode(resid)
+    return sae, resid, code, sae.error(resid, code)[0]
 
 
 def test_aux_is_exactly_zero_without_gradient_when_nothing_is_dead_or_it_is_off():
-    sae, resid, code, recon = aux_inputs()
+    sae, resid, code, error = aux_inputs()
     dead = torch.zeros(12, dtype=torch.bool)
-    for aux in (aux_residual(sae, resid, code, recon, dead, 4), aux_residual(sae, resid, code, recon, ~dead, 0)):
+    for aux in (aux_residual(sae, resid, code, error, dead, 4), aux_residual(sae, resid, code, error, ~dead, 0)):
         assert float(aux) == 0
         assert not aux.requires_grad
 
 
 def test_aux_does_not_reach_the_reconstruction():
     """The error is a constant: only dead rows of the weights, and b_pre by way of pre_acts, receive gradient."""
-    sae, resid, code, recon = aux_inputs()
+    sae, resid, code, error = aux_inputs()
     dead = torch.arange(12) % 3 == 0
-    aux_residual(sae, resid, code, recon, dead, 2).backward()
+    aux_residual(sae, resid, code, error, dead, 2).backward()
     for weight in (sae.W_enc, sae.W_dec):
         assert weight.grad is not None
         assert not weight.grad[~dead].any()
@@ -133,8 +134,8 @@ def test_aux_does_not_reach_the_reconstruction():
 
 
 def test_published_aux_pulls_on_the_reconstruction_when_nothing_is_dead():
-    sae, resid, code, recon = aux_inputs(frame="vector")
-    aux = aux_framed(sae, resid, code, recon, torch.zeros(12, dtype=torch.bool), 4)
+    sae, resid, code, error = aux_inputs(frame="vector")
+    aux = aux_framed(sae, resid, code, error, torch.zeros(12, dtype=torch.bool), 4)
     aux.backward()
     assert float(aux.detach()) > 0
     assert sae.W_dec.grad is not None
@@ -147,16 +148,17 @@ def test_aux_is_scale_free():
     for size in (1.0, 10.0):
         sae, resid, _, _ = aux_inputs()
         sae.frame.fit(size * resid.mean(1), size**2 * resid.var((1, 2)))
-        code, recon = sae(size * resid)
-        values.append(float(aux_residual(sae, size * resid, code, recon, torch.arange(12) < 5, 3).detach()))
+        code = sae.encode(size * resid)
+        error, _ = sae.error(size * resid, code)
+        values.append(float(aux_residual(sae, size * resid, code, error, torch.arange(12) < 5, 3).detach()))
     assert values[1] == pytest.approx(values[0], rel=1e-12)
 
 
 def test_a_group_without_dead_latents_adds_nothing_to_aux():
     """Groups are separate SAEs, and AuxK of an SAE without dead latents is exactly 0."""
-    sae, resid, code, recon = aux_inputs(groups=2)
+    sae, resid, code, error = aux_inputs(groups=2)
     dead = torch.arange(24) < 12
-    both = aux_residual(sae, resid, code, recon, dead, 3).detach()
+    both = aux_residual(sae, resid, code, error, dead, 3).detach()
     problem = oracle.Problem(3, 2, [0, 1], "none", variance=np.ones(2), k_aux=3, alpha=1.0)
     want = oracle.losses(problem, oracle.weights_of(sae), resid.numpy(), dead.view(2, 12).numpy())
     assert float(both) == pytest.approx(want.aux_loss, rel=1e-10)
@@ -164,6 +166,6 @@ def test_a_group_without_dead_latents_adds_nothing_to_aux():
 
 def test_aux_of_a_single_token_is_finite():
     """One unmasked token has no spread of errors to explain; that must not stop a run."""
-    sae, resid, code, recon = aux_inputs(n_tokens=1)
-    aux = aux_residual(sae, resid, code, recon, torch.arange(12) < 5, 3)
+    sae, resid, code, error = aux_inputs(n_tokens=1)
+    aux = aux_residual(sae, resid, code, error, torch.arange(12) < 5, 3)
     assert torch.isfinite(aux)

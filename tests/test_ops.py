@@ -23,9 +23,16 @@ def dense(values, indices, n_latents):
     return values.new_zeros(values.shape[0], n_latents).scatter_add(1, indices, values)
 
 
+def encode(x, W_enc, k, impl="auto"):
+    """The op on rows alone: one layer, no frame, no bias."""
+    shift, divisor, bias = x.new_zeros(1, 1, 1), x.new_ones(1, 1, 1), x.new_zeros(x.shape[1])
+    values, indices = ops.encode(x[None], shift, divisor, bias, W_enc, k, impl)
+    return values[0], indices[0]
+
+
 def op_encode(x, W_enc, k):
     """The op's code, made dense so that the order of its k entries does not matter."""
-    return dense(*ops.encode_topk(x, W_enc, k), len(W_enc))
+    return dense(*encode(x, W_enc, k), len(W_enc))
 
 
 def outputs_and_grads(fn, dtype, cotangent, *inputs):
@@ -73,7 +80,7 @@ def test_decode_is_the_dense_definition(size, dtype, tolerance):
         return dense(values, indices, n_latents) @ W_dec
 
     def op(values, W_dec):
-        return ops.sparse_decode(values, indices, W_dec)
+        return ops.decode(values, indices, W_dec)
 
     want = outputs_and_grads(definition, torch.float64, cotangent, values, W_dec)
     got = outputs_and_grads(op, dtype, cotangent, values, W_dec)
@@ -83,14 +90,15 @@ def test_decode_is_the_dense_definition(size, dtype, tolerance):
 def test_decode_counts_a_repeated_latent_twice():
     values, indices = torch.tensor([[1.0, 2.0]]), torch.tensor([[3, 3]])
     W_dec = torch.randn(4, 5)
-    torch.testing.assert_close(ops.sparse_decode(values, indices, W_dec)[0], 3 * W_dec[3])
+    torch.testing.assert_close(ops.decode(values, indices, W_dec)[0], 3 * W_dec[3])
 
 
 def test_latent_gradient_is_the_transposed_product():
     values, indices, _, rows = decode_case(41, 127, 67, 13)
     want = dense(values.double(), indices, 127).T @ rows.double()
-    got = reference.latent_gradient(values.double(), indices, rows.double(), 127)
+    got, sums = reference.latent_gradient(values.double(), indices, rows.double(), 127)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums, dense(values.double(), indices, 127).sum(0), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("entries", [1, 50, 4 * 127, 40 * 127, 41 * 127])
@@ -107,14 +115,14 @@ def test_derivatives_are_those_of_the_op():
     assert torch.autograd.gradcheck(lambda x, W: op_encode(x, W, 3), (x.requires_grad_(), W_enc.requires_grad_()))
     values, indices, W_dec, _ = decode_case(5, 11, 4, 3)
     values, W_dec = (values + 0.1).double().requires_grad_(), W_dec.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, W: ops.sparse_decode(v, indices, W), (values, W_dec))
+    assert torch.autograd.gradcheck(lambda v, W: ops.decode(v, indices, W), (values, W_dec))
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_only_the_wanted_gradient_is_computed(wanted):
     inputs = list(encode_case(5, 11, 4)[:2])
     inputs[wanted].requires_grad_()
-    ops.encode_topk(*inputs, 3)[0].sum().backward()
+    encode(*inputs, 3)[0].sum().backward()
     assert inputs[wanted].grad is not None
     assert inputs[1 - wanted].grad is None
 
@@ -123,7 +131,7 @@ def test_rows_with_fewer_than_k_positive_entries():
     """Values are zero, never negative, latents still distinct, and zero values pass no gradient."""
     x = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
     W_enc = torch.tensor([[1.0], [2.0], [-3.0], [-4.0]], requires_grad=True)
-    values, indices = ops.encode_topk(x, W_enc, 3)
+    values, indices = encode(x, W_enc, 3)
     assert [sorted(row) for row in values.tolist()] == [[0, 1, 2], [0, 3, 4], [0, 0, 0]]
     assert all(len(set(row)) == 3 for row in indices.tolist())
     assert not indices.requires_grad
@@ -156,7 +164,7 @@ def test_nothing_holds_all_pre_activations(monkeypatch):
     x.requires_grad_()
     W_enc.requires_grad_()
     with LargestTensor() as seen:
-        ops.sparse_decode(*ops.encode_topk(x, W_enc, k), W_dec).sum().backward()
+        ops.decode(*encode(x, W_enc, k), W_dec).sum().backward()
     assert seen.numel <= max(16 * n_latents, n_latents * d_model, rows * d_model)
     with LargestTensor() as seen:
         dense_encode(x.detach(), W_enc.detach(), k)

@@ -52,5 +52,9 @@ class Frame(nn.Module):
     def apply_to(
         self, resid: Float[Tensor, "layer *batch d_model"], shift: Tensor, scale: Tensor
     ) -> Float[Tensor, "layer *batch d_model"]:
-        """`(resid - shift) / scale`."""
-        return (resid - shift) / (scale + VECTOR_EPS if self.name == "vector" else scale)
+        """`(resid - shift) / divisor(scale)`."""
+        return (resid - shift) / self.divisor(scale)
+
+    def divisor(self, scale: Float[Tensor, "#layer *#batch 1"]) -> Float[Tensor, "#layer *#batch 1"]:
+        """What the way in divides by, where the way out multiplies by `scale`."""
+        return scale + VECTOR_EPS if self.name == "vector" else scale

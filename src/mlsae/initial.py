@@ -85,8 +85,8 @@ def _set_bias(sae: MLSAE, sample: Float[Tensor, "layer token d_model"], rules: R
     rows = list(range(sample.shape[0]))
     if rules.bias_init == "framed":
         sample = sae.frame.apply_to(sample, *sae.frame.shift_and_scale(sample, rows))
-    for here, group, _ in sae.parts(rows):
-        sae.biases.data[group] = geometric_median(sample[here].flatten(0, 1))
+    for part in sae.parts(rows):
+        sae.biases.data[part.group] = geometric_median(sample[part.here].flatten(0, 1))
 
 
 def geometric_median(

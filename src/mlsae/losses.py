@@ -7,43 +7,45 @@ Lawson et al. 2024 and its code for the second forms.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mlsae import ops
-from mlsae.sae import MLSAE, Code
+from mlsae.ops import Impl
+from mlsae.sae import MLSAE, Code, Part, joined
 
 Resid = Float[Tensor, "layer token d_model"]
+PerLayer = Float[Tensor, " layer"]
 
 
-def squared_error(resid: Resid, recon: Resid) -> Float[Tensor, " layer"]:
-    """`sum |resid - recon|^2` over tokens and features, in raw units."""
-    return (resid - recon).square().sum((1, 2))
-
-
-def per_dimension(resid: Resid, recon: Resid, variance: Float[Tensor, " layer"]) -> Float[Tensor, " layer"]:
+def per_dimension(resid: Resid, squared_error: PerLayer, variance: PerLayer) -> PerLayer:
     """`SSE_l / (N d v_l)`: error as a fraction of the layer's variance about its per-feature mean, fixed before training.
 
     0 is perfect, 1 is predicting the mean of the initial sample. The denominator does not depend on the batch, so gradients do
     not depend on how a step is split. (Gao et al. 2024.)
     """
-    return squared_error(resid, recon) / (resid.shape[1] * resid.shape[2] * variance)
+    return squared_error / (resid.shape[1] * resid.shape[2] * variance)
 
 
-def all_scalars(resid: Resid, recon: Resid, variance: Float[Tensor, " layer"]) -> Float[Tensor, " layer"]:
+def all_scalars(resid: Resid, squared_error: PerLayer, variance: PerLayer) -> PerLayer:
     """`MSE_l / var(all scalars of layer l in this micro-batch)`, the published code's; ignores `variance`."""
-    mse = squared_error(resid, recon) / (resid.shape[1] * resid.shape[2])
-    return mse / resid.flatten(1).var(1)
+    return squared_error / (resid.shape[1] * resid.shape[2]) / resid.flatten(1).var(1)
 
 
-RECONSTRUCTION: dict[str, Callable[[Resid, Resid, Float[Tensor, " layer"]], Float[Tensor, " layer"]]] = {
+RECONSTRUCTION: dict[str, Callable[[Resid, PerLayer, PerLayer], PerLayer]] = {
     "per_dimension": per_dimension,
     "all_scalars": all_scalars,
 }
 
 
 def aux_residual(
-    sae: MLSAE, resid: Resid, code: Code, recon: Resid, dead: Bool[Tensor, " n_latents"], k_aux: int
+    sae: MLSAE,
+    resid: Resid,
+    code: Code,
+    error: Resid,
+    dead: Bool[Tensor, " n_latents"],
+    k_aux: int,
+    impl: Impl = "auto",
 ) -> Float[Tensor, ""]:
     """Mean over layers of `sum |e - e_hat|^2 / sum |e - mean_token(e)|^2`: how well dead latents predict the error.
 
@@ -52,32 +54,48 @@ def aux_residual(
     """
     if k_aux == 0 or not dead.any():
         return resid.new_zeros(())
-    error = (resid - recon).detach()
-    x = sae.frame.apply_to(resid, code.shift, code.scale)
-    guess = torch.cat([_dead_part(sae, x, dead, k_aux, *part) for part in sae.parts(code.rows)]) * code.scale
+    error = error.detach()
     spread = (error - error.mean(1, keepdim=True)).square().sum((1, 2))
-    # A single token has no spread, and a group without dead latents no guess: neither has anything to learn here.
-    guessing = torch.cat(
-        [dead[latents].any().expand(here.stop - here.start) for here, _, latents in sae.parts(code.rows)]
-    )
-    spread = spread.where((spread > 0) & guessing, torch.inf)
-    return ((error - guess).square().sum((1, 2)) / spread).mean()
+    return joined([_unexplained(sae, resid, code, error, spread, dead, k_aux, part, impl) for part in sae.parts(code.rows)]).mean()
 
 
-def _dead_part(
-    sae: MLSAE, x: Tensor, dead: Tensor, k_aux: int, here: slice, group: int, latents: slice
-) -> Float[Tensor, "layer token d_model"]:
-    """The framed reconstruction by one group's dead latents, on their compacted rows of the weights."""
-    ids = dead[latents].nonzero().flatten() + latents.start
+def _unexplained(
+    sae: MLSAE,
+    resid: Resid,
+    code: Code,
+    error: Resid,
+    spread: PerLayer,
+    dead: Tensor,
+    k_aux: int,
+    part: Part,
+    impl: Impl,
+) -> Float[Tensor, " part"]:
+    """The share of the error that one group's dead latents leave; 0 where there is nothing to explain, or none to do it."""
+    spread = spread[part.here]
+    ids = dead[part.latents].nonzero().flatten() + part.latents.start
     if len(ids) == 0:
-        return torch.zeros_like(x[here])
-    rows = (x[here] - sae.biases[group]).flatten(0, 1)
-    values, indices = ops.encode_topk(rows, sae.W_enc[ids], min(k_aux, len(ids)))
-    return ops.sparse_decode(values, indices, sae.W_dec[ids]).view_as(x[here])
+        return torch.zeros_like(spread)
+    values, indices = _encode_dead(sae, resid, code, ids, k_aux, part, impl)
+    W_dec, scale = sae.W_dec[ids], part.of(code.scale)
+    _, left = ops.decode_error(values, indices, W_dec, None, error[part.here], None, scale, impl)
+    return left / spread.where(spread > 0, torch.inf)  # a single token has no spread
+
+
+def _encode_dead(
+    sae: MLSAE, resid: Resid, code: Code, ids: Int[Tensor, " dead"], k_aux: int, part: Part, impl: Impl
+) -> tuple[Float[Tensor, "part token top"], Int[Tensor, "part token top"]]:
+    """The most active of a group's dead latents, as positions in `ids`."""
+    return sae.encode_part(resid, code.shift, code.scale, part, sae.W_enc[ids], min(k_aux, len(ids)), impl)
 
 
 def aux_framed(
-    sae: MLSAE, resid: Resid, code: Code, recon: Resid, dead: Bool[Tensor, " n_latents"], k_aux: int
+    sae: MLSAE,
+    resid: Resid,
+    code: Code,
+    error: Resid,
+    dead: Bool[Tensor, " n_latents"],
+    k_aux: int,
+    impl: Impl = "auto",
 ) -> Float[Tensor, ""]:
     """The published code's AuxK (defect D3): the target is raw and not detached, the reconstruction framed and with `b_pre`.
 
@@ -86,17 +104,25 @@ def aux_framed(
     """
     if k_aux == 0:
         return resid.new_zeros(())
-    error = resid - recon
-    x = sae.frame.apply_to(resid, code.shift, code.scale)
-    guess = [
-        _dead_part(sae, x, dead, k_aux, here, group, latents) + sae.biases[group]
-        for here, group, latents in sae.parts(code.rows)
-    ]
+    guess = joined([_guess(sae, resid, code, dead, k_aux, part, impl) for part in sae.parts(code.rows)])
     spread = (error - error.mean(2, keepdim=True)).square().mean()
-    return ((error - torch.cat(guess)).square().mean() / spread).nan_to_num(0.0)
+    return ((error - guess).square().mean() / spread).nan_to_num(0.0)
 
 
-AUX: dict[str, Callable[[MLSAE, Resid, Code, Resid, Tensor, int], Float[Tensor, ""]]] = {
+def _guess(
+    sae: MLSAE, resid: Resid, code: Code, dead: Tensor, k_aux: int, part: Part, impl: Impl
+) -> Float[Tensor, "part token d_model"]:
+    """The framed reconstruction, with bias, by one group's dead latents."""
+    ids = dead[part.latents].nonzero().flatten() + part.latents.start
+    bias = sae.biases[part.group]
+    if len(ids) == 0:
+        return bias.expand_as(resid[part.here])
+    values, indices = _encode_dead(sae, resid, code, ids, k_aux, part, impl)
+    decoded = ops.decode(values.flatten(0, 1), indices.flatten(0, 1), sae.W_dec[ids], impl)
+    return decoded.view_as(resid[part.here]) + bias
+
+
+AUX: dict[str, Callable[[MLSAE, Resid, Code, Resid, Tensor, int, Impl], Float[Tensor, ""]]] = {
     "residual": aux_residual,
     "framed": aux_framed,
 }

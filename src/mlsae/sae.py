@@ -6,18 +6,19 @@
 frame, that layer's own mean and scale.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mlsae import files, ops
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, ModelError
 from mlsae.frames import Frame
+from mlsae.ops import Impl
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -44,6 +45,26 @@ class Code:
         """All activations, zeros included: for small things only."""
         dense = self.values.new_zeros(*self.values.shape[:-1], self.n_latents)
         return dense.scatter_(-1, self.indices, self.values)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of layers that share a dictionary."""
+
+    here: slice
+    """Where on the layer axis."""
+    group: int
+    latents: slice
+    """The group's rows of the weights."""
+
+    @property
+    def n_layers(self) -> int:
+        """Length of the run."""
+        return self.here.stop - self.here.start
+
+    def of(self, tensor: Shaped[Tensor, "layer *rest"]) -> Shaped[Tensor, "part *rest"]:
+        """The part's layers of a tensor; all of one that is the same for every layer."""
+        return tensor if len(tensor) == 1 else tensor[self.here]
 
 
 class MLSAE(nn.Module):
@@ -80,30 +101,58 @@ class MLSAE(nn.Module):
         self.frame = Frame(self.config.frame, n_layers, self.config.d_model).to(self.W_enc)
         self.norm_limit = self.W_enc.new_full((n_layers,), torch.inf)
 
-    def encode(self, resid: Float[Tensor, "layer *batch d_model"], layers: Sequence[int] | None = None) -> Code:
+    def encode(
+        self, resid: Float[Tensor, "layer *batch d_model"], layers: Sequence[int] | None = None, *, impl: Impl = "auto"
+    ) -> Code:
         """Keep the k largest latents of each vector; changes no state.
 
         The first axis holds `layers` (model layer ids; default: all the SAE's). Raises ConfigError if it does not.
         """
         rows = self.rows(resid, layers)
         shift, scale = self.frame.shift_and_scale(resid, rows)
-        x = self.frame.apply_to(resid, shift, scale)
-        parts = [self._encode_part(x, *part) for part in self.parts(rows)]
-        values, indices = (torch.cat(tensors).unflatten(0, x.shape[:-1]) for tensors in zip(*parts, strict=True))
+        codes = []
+        for part in self.parts(rows):
+            W_enc = self.of(part, self.W_enc)
+            values, indices = self.encode_part(resid, shift, scale, part, W_enc, self.config.k, impl)
+            codes.append((values, indices + part.latents.start if part.latents.start else indices))
+        values, indices = (joined(tensors).view(*resid.shape[:-1], -1) for tensors in zip(*codes, strict=True))
         return Code(values, indices, shift, scale, tuple(rows), self.config.n_latents)
 
-    def _encode_part(self, x: Tensor, here: slice, group: int, latents: slice) -> tuple[Tensor, Tensor]:
-        x = (x[here] - self.biases[group]).flatten(0, -2)
-        values, indices = ops.encode_topk(x, self.W_enc[latents], self.config.k)
-        return values, indices + latents.start
+    def encode_part(
+        self, resid: Tensor, shift: Tensor, scale: Tensor, part: "Part", W_enc: Tensor, k: int, impl: Impl
+    ) -> tuple[Float[Tensor, "part token k"], Int[Tensor, "part token k"]]:
+        """The k largest of the latents whose rows `W_enc` holds, as positions in it, for the layers of one part."""
+        divisor = by_token(part.of(self.frame.divisor(scale)))
+        x, shift = by_token(part.of(resid)), by_token(part.of(shift))
+        return ops.encode(x, shift, divisor, self.biases[part.group], W_enc, k, impl)
 
-    def decode(self, code: Code) -> Float[Tensor, "layer *batch d_model"]:
+    def decode(self, code: Code, *, impl: Impl = "auto") -> Float[Tensor, "layer *batch d_model"]:
         """The residual vectors a code stands for, in the units of the residual stream."""
-        framed = ops.sparse_decode(code.values.flatten(0, -2), code.indices.flatten(0, -2), self.W_dec)
+        framed = ops.decode(code.values.flatten(0, -2), code.indices.flatten(0, -2), self.W_dec, impl)
         framed = framed.unflatten(0, code.values.shape[:-1])
-        biases = [self.biases[group].expand(here.stop - here.start, -1) for here, group, _ in self.parts(code.rows)]
+        biases = [self.biases[part.group].expand(part.n_layers, -1) for part in self.parts(code.rows)]
         bias = torch.cat(biases).view(len(code.rows), *[1] * (framed.ndim - 2), -1)
         return (framed + bias) * code.scale + code.shift
+
+    def error(
+        self, resid: Float[Tensor, "layer *batch d_model"], code: Code, *, impl: Impl = "auto"
+    ) -> tuple[Float[Tensor, "layer *batch d_model"], Float[Tensor, " layer"]]:
+        """`resid - decode(code)`, and its squared sum over each layer: what training minimises, in one pass."""
+        parts = [
+            ops.decode_error(
+                by_token(part.of(code.values)),
+                by_token(part.of(code.indices) - part.latents.start),
+                self.of(part, self.W_dec),
+                self.biases[part.group],
+                by_token(part.of(resid)),
+                by_token(part.of(code.shift)),
+                by_token(part.of(code.scale)),
+                impl,
+            )
+            for part in self.parts(code.rows)
+        ]
+        errors, squared = zip(*parts, strict=True)
+        return joined(errors).view_as(resid), joined(squared)
 
     def forward(self, resid: Float[Tensor, "layer *batch d_model"]) -> tuple[Code, Tensor]:
         """`(code, recon)`."""
@@ -133,13 +182,19 @@ class MLSAE(nn.Module):
         """The group of one of the SAE's layers: neighbours share one, and sizes differ by at most a layer."""
         return 0 if self.config.groups == 1 else row * self.config.groups // len(self.layers)
 
-    def parts(self, rows: Sequence[int]) -> Iterator[tuple[slice, int, slice]]:
-        """Runs of `rows` that share a dictionary: (where on the layer axis, group, its latents)."""
+    def parts(self, rows: Sequence[int]) -> list["Part"]:
+        """Runs of `rows` that share a dictionary."""
         size = self.config.n_latents // self.config.groups
         owner = [self.group_of(row) for row in rows]
         starts = [i for i in range(len(rows)) if i == 0 or owner[i] != owner[i - 1]]
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-            yield slice(start, stop), owner[start], slice(owner[start] * size, (owner[start] + 1) * size)
+        return [
+            Part(slice(start, stop), owner[start], slice(owner[start] * size, (owner[start] + 1) * size))
+            for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True)
+        ]
+
+    def of(self, part: "Part", weight: Float[Tensor, "n_latents d_model"]) -> Float[Tensor, "latent d_model"]:
+        """A part's rows of a weight: itself, when there is one group."""
+        return weight if self.config.groups == 1 else weight[part.latents]
 
     def rows(self, resid: Tensor, layers: Sequence[int] | None = None) -> list[int]:
         """Positions in `self.layers` of the layers that `resid`'s first axis holds."""
@@ -224,3 +279,13 @@ def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
 
 def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
+
+
+def by_token(tensor: Shaped[Tensor, "layer *batch last"]) -> Shaped[Tensor, "layer token last"]:
+    """With one axis for all batch axes."""
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`, which copies nothing where there is one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -130,16 +130,17 @@ class Trainer:
             if self.rules.normalize == "each_micro_batch":
                 self._decoder_before = self.sae.W_dec.detach().clone()
         with self._autocast():
-            code, recon = self.sae(resid)
+            code = self.sae.encode(resid)
+            error, squared = self.sae.error(resid, code)
         self.tick(code, resid.shape[1])
-        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, recon, variance)
-        aux = losses.AUX[self.rules.aux](self.sae, resid, code, recon, self.dead(), self.k_aux)
+        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, squared, variance)
+        aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, "auto")
         loss = per_layer.mean() + self.config.aux_coef * aux
         self.scaler.scale(loss * resid.shape[1]).backward()
         if self.rules.normalize == "each_micro_batch":  # defect D7
             self.sae.normalize_decoder_()
             self._project_gradient()
-        fvu = losses.per_dimension(resid, recon.detach(), variance)
+        fvu = losses.per_dimension(resid, squared.detach(), variance)
         self._parts.append((resid.shape[1], loss.detach(), aux.detach(), fvu))
 
     def update(self) -> StepReport:

@@ -1,92 +1,127 @@
 """The definition of every op, in plain torch. Nothing here ever holds more than a chunk of `[row, n_latents]`.
 
-A row is one residual vector. The weight gradients are sums over the (row, latent) pairs that are active, k a row: sorted by
-latent they are one `embedding_bag`, which is what makes the backward pass cost a fraction of the encoder's one product.
+A row is one residual vector, a pair one (row, latent) of the k active in that row. Where k is small beside n_latents, sums over
+pairs are `embedding_bag`s, for the weights' gradients over pairs sorted by latent; where it is not, as for AuxK on a few dead
+latents, a chunk of the code is made dense and multiplied.
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 CHUNK_ENTRIES = 1 << 22
-"""Pre-activations held at a time (16 MiB in float32)."""
+"""Pre-activations, or entries of a dense code, held at a time (16 MiB in float32)."""
+DENSE_SHARE = 8
+"""A code with more than one latent in this many active is multiplied as a dense one."""
 
 
-def encode_topk(
+def encode(
+    resid: Float[Tensor, "layer token d_model"],
+    shift: Tensor | None,
+    divisor: Tensor | None,
+    bias: Float[Tensor, " d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    k: int,
+) -> tuple[
+    Float[Tensor, "layer token k"], Int[Tensor, "layer token k"], Float[Tensor, "layer token d_model"]
+]:
+    """The k largest entries of `x @ W_enc.T` in each row, rectified, their latents, and `x = (resid - shift) / divisor - bias`."""
+    x = resid - bias if shift is None or divisor is None else resid.sub(shift).div_(divisor).sub_(bias)
+    values, indices = top_k(x.flatten(0, 1), W_enc, k)
+    return values.view(*x.shape[:2], k), indices.view(*x.shape[:2], k), x
+
+
+def top_k(
     x: Float[Tensor, "row d_model"], W_enc: Float[Tensor, "n_latents d_model"], k: int
 ) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    """The k largest entries of `x @ W_enc.T` in each row, rectified, and their latent ids; differentiable in x and W_enc."""
-    return _EncodeTopK.apply(x, W_enc, k)
+    """`encode` for rows that already are in the SAE's frame."""
+    values = x.new_empty(len(x), k)
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    for rows in chunks(len(x), len(W_enc)):
+        top = (x[rows] @ W_enc.T).topk(k, dim=-1, sorted=False)
+        values[rows], indices[rows] = top.values.relu(), top.indices
+    return values, indices
 
 
-def sparse_decode(
-    values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], W_dec: Float[Tensor, "n_latents d_model"]
+def decode(
+    values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"]
 ) -> Float[Tensor, "row d_model"]:
-    """`sum_i values[:, i] * W_dec[indices[:, i]]`; differentiable in values and W_dec."""
-    return _SparseDecode.apply(values, indices, W_dec)
+    """`sum_i values[:, i] * W[indices[:, i]]`."""
+    if not _dense(indices, len(W)):
+        return embedding_bag(indices, W, per_sample_weights=values, mode="sum")
+    out = values.new_empty(len(values), W.shape[1])
+    for rows in chunks(len(values), len(W)):
+        out[rows] = to_dense(values[rows], indices[rows], len(W)) @ W
+    return out
+
+
+def dots(
+    indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"], rows: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "row k"]:
+    """`<W[indices[t, i]], rows[t]>`: the gradient of `decode` in its values."""
+    if not _dense(indices, len(W)):  # by torch's own backward of embedding_bag, which gathers nothing
+        with torch.enable_grad():
+            weights = rows.new_ones(indices.shape).requires_grad_()
+            bag = embedding_bag(indices, W.detach(), per_sample_weights=weights, mode="sum")
+            return torch.autograd.grad(bag, weights, rows)[0]
+    out = rows.new_empty(indices.shape)
+    for part in chunks(len(rows), len(W)):
+        out[part] = (rows[part] @ W.T).gather(1, indices[part])
+    return out
 
 
 def latent_gradient(
     weights: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], rows: Float[Tensor, "row d_model"], n_latents: int
-) -> Float[Tensor, "n_latents d_model"]:
-    """For each latent, the sum of the rows it is active in, weighted: the gradient of either weight matrix."""
+) -> tuple[Float[Tensor, "n_latents d_model"], Float[Tensor, " n_latents"]]:
+    """For each latent, the weighted sum of the rows it is active in, which is a weight matrix's gradient, and the sum of weights."""
+    if _dense(indices, n_latents):
+        gradient, sums = rows.new_zeros(n_latents, rows.shape[1]), rows.new_zeros(n_latents)
+        for part in chunks(len(rows), n_latents):
+            dense = to_dense(weights[part], indices[part], n_latents)
+            gradient.addmm_(dense.T, rows[part])
+            sums += dense.sum(0)
+        return gradient, sums
     latents, order = torch.sort(indices.flatten(), stable=True)
     starts = torch.searchsorted(latents, torch.arange(n_latents, device=latents.device))
     row_of_pair = order.div(indices.shape[1], rounding_mode="floor")
-    return embedding_bag(row_of_pair, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
+    weights = weights.flatten()[order]
+    gradient = embedding_bag(row_of_pair, rows, starts, per_sample_weights=weights, mode="sum")
+    pairs = torch.arange(len(order), device=order.device)
+    return gradient, embedding_bag(pairs, weights[:, None], starts, mode="sum").squeeze(1)
 
 
-def _weighted_sum(weights: Tensor, indices: Tensor, matrix: Tensor) -> Tensor:
-    return embedding_bag(indices, matrix, per_sample_weights=weights, mode="sum")
+def decode_error(
+    values: Float[Tensor, "layer token k"],
+    indices: Int[Tensor, "layer token k"],
+    W_dec: Float[Tensor, "n_latents d_model"],
+    bias: Float[Tensor, " d_model"] | None,
+    resid: Float[Tensor, "layer token d_model"],
+    shift: Tensor | None,
+    scale: Tensor,
+    want_dots: bool,
+) -> tuple[Float[Tensor, "layer token d_model"], Float[Tensor, " layer"], Float[Tensor, "layer token k"] | None]:
+    """`error = resid - (decode(values, indices, W_dec) + bias) * scale - shift`, its squared sum by layer, and, if they are
+    wanted, `dots(indices, W_dec, error)`."""
+    recon = decode(values.flatten(0, 1), indices.flatten(0, 1), W_dec).view_as(resid)
+    recon = (recon if bias is None else recon.add_(bias)).mul_(scale)
+    error = torch.sub(resid, recon if shift is None else recon.add_(shift), out=recon)
+    squared = torch.stack([torch.dot(rows, rows) for rows in error.flatten(1)])
+    if not want_dots:
+        return error, squared, None
+    return error, squared, dots(indices.flatten(0, 1), W_dec, error.flatten(0, 1)).view_as(values)
 
 
-class _EncodeTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values = x.new_empty(x.shape[0], k)
-        indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-        chunk = max(1, CHUNK_ENTRIES // W_enc.shape[0])
-        for start in range(0, x.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            pre_acts = x[rows] @ W_enc.T
-            top = pre_acts.topk(k, dim=-1, sorted=False)
-            values[rows], indices[rows] = top.values.relu(), top.indices
-        ctx.save_for_backward(x, W_enc, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        x, W_enc, values, indices = ctx.saved_tensors
-        grad_pre_acts = grads[0] * (values > 0)
-        grad_x = _weighted_sum(grad_pre_acts, indices, W_enc) if ctx.needs_input_grad[0] else None
-        grad_W = latent_gradient(grad_pre_acts, indices, x, len(W_enc)) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_W, None
+def to_dense(values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], n_latents: int) -> Tensor:
+    """A code as `[row, n_latents]`: for a chunk of rows only."""
+    return values.new_zeros(len(values), n_latents).scatter_add_(1, indices, values)
 
 
-class _SparseDecode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, W_dec)
-        return _weighted_sum(values, indices, W_dec)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, Tensor | None]:
-        values, indices, W_dec = ctx.saved_tensors
-        (grad_recon,) = grads
-        grad_values = _rows_dot(indices, W_dec, grad_recon) if ctx.needs_input_grad[0] else None
-        grad_W = latent_gradient(values, indices, grad_recon, len(W_dec)) if ctx.needs_input_grad[2] else None
-        return grad_values, None, grad_W
+def chunks(n_rows: int, n_latents: int) -> list[slice]:
+    """Runs of rows whose dense code has at most CHUNK_ENTRIES entries, or of one row."""
+    size = max(1, CHUNK_ENTRIES // n_latents)
+    return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
-def _rows_dot(indices: Tensor, W_dec: Tensor, grad_recon: Tensor) -> Tensor:
-    """`<W_dec[indices[t, i]], grad_recon[t]>`, by torch's own backward of embedding_bag, which gathers nothing."""
-    with torch.enable_grad():
-        weights = grad_recon.new_ones(indices.shape).requires_grad_()
-        return torch.autograd.grad(_weighted_sum(weights, indices, W_dec.detach()), weights, grad_recon)[0]
+def _dense(indices: Tensor, n_latents: int) -> bool:
+    return indices.shape[1] * DENSE_SHARE > n_latents
