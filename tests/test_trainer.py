@@ -10,8 +10,9 @@ import torch
 import oracle
 from mlsae.config import MLSAEConfig, TrainerConfig
 from mlsae.errors import ConfigError, MlsaeError, NumericsError
+from mlsae.optimizer import WEIGHTS
 from mlsae.sae import MLSAE
-from mlsae.trainer import WEIGHTS, Trainer
+from mlsae.trainer import Trainer
 
 torch.set_num_threads(1)
 N_LAYERS, D_MODEL, N_LATENTS, K = 3, 6, 20, 3
@@ -72,7 +73,7 @@ def watch_gradients(trainer):
     def keep(*_):
         grads.update({name: getattr(trainer.sae, name).grad.numpy().copy() for name in WEIGHTS})
 
-    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.optimizer.adam.register_step_pre_hook(keep)
     return grads
 
 

@@ -20,6 +20,7 @@ from mlsae.errors import ConfigError
 FrameName = Literal["layer", "vector", "none"]
 RecipeName = Literal["standard", "lawson2024"]
 PrecisionName = Literal["float32", "bfloat16", "float16"]
+Impl = Literal["auto", "reference", "cpu", "triton"]
 
 
 def _whole(value: Any) -> Any:
@@ -302,6 +303,8 @@ class TrainerConfig(Config):
     """Unmasked tokens that fix the frame, the variances and the bias before the first step."""
     precision: PrecisionName | None = None
     """Precision of the SAE's matrix products (weights stay float32); None: bfloat16 on CUDA that has it, else float32."""
+    impl: Impl = "auto"
+    """Who computes the sparse operations: `reference` is plain torch; `auto` the fastest there is for the device."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainerConfig":

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mlsae import ops
-from mlsae.ops import Impl
+from mlsae.config import Impl
 from mlsae.sae import MLSAE, Code, Part, joined
 
 Resid = Float[Tensor, "layer token d_model"]
@@ -56,7 +56,9 @@ def aux_residual(
         return resid.new_zeros(())
     error = error.detach()
     spread = (error - error.mean(1, keepdim=True)).square().sum((1, 2))
-    return joined([_unexplained(sae, resid, code, error, spread, dead, k_aux, part, impl) for part in sae.parts(code.rows)]).mean()
+    return joined(
+        [_unexplained(sae, resid, code, error, spread, dead, k_aux, part, impl) for part in sae.parts(code.rows)]
+    ).mean()
 
 
 def _unexplained(

@@ -15,10 +15,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mlsae import files, ops
-from mlsae.config import MLSAEConfig
+from mlsae.config import Impl, MLSAEConfig
 from mlsae.errors import ConfigError, ModelError
 from mlsae.frames import Frame
-from mlsae.ops import Impl
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -15,9 +15,9 @@ from mlsae import losses
 from mlsae.config import TrainerConfig, default_lr
 from mlsae.errors import ConfigError, NumericsError
 from mlsae.initial import initialise
+from mlsae.optimizer import optimizer_of
 from mlsae.sae import MLSAE, Code
 
-WEIGHTS = ("W_enc", "W_dec", "b_pre")
 MAX_OVERFLOWS = 20
 """Steps in a row that float16 may skip because a gradient overflowed."""
 
@@ -79,9 +79,8 @@ class Trainer:
         self.dead_after = _given(self.config.dead_after_tokens, self.rules.dead_after_tokens, 10_000_000)
         if self.rules.dead_clock == "forwards":
             self.dead_after //= step_tokens or 131_072  # defect D2: a count of steps, compared with a count of forwards
-        self.optimizer = self._adam()
+        self.optimizer = optimizer_of(sae, self.config, self.peak_lr)
         self.precision = self.config.precision or "float32"
-        self.scaler = torch.amp.GradScaler(sae.W_enc.device.type, enabled=self.precision == "float16")
         self.variance: Float[Tensor, " layer"] | None = None
         self.quiet = torch.zeros(n_latents, dtype=torch.int64, device=sae.W_enc.device)
         """Tokens (lawson2024: forward passes) since each latent was last active, at any layer."""
@@ -92,18 +91,6 @@ class Trainer:
         self.overflows = 0
         """float16 steps skipped in a row."""
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
-
-    def _adam(self) -> torch.optim.Adam:
-        """Adam with its moments made at once, so that `state()` always has them."""
-        device = self.sae.W_enc.device
-        fused = device.type in ("cpu", "cuda")
-        adam = torch.optim.Adam(
-            self._weights(), lr=self.peak_lr, betas=self.config.adam_betas, eps=self.config.adam_eps, fused=fused
-        )
-        for weight in self._weights():
-            moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-            adam.state[weight] = {"step": torch.tensor(0.0, device=device), **moments}
-        return adam
 
     def initialise(self, batches: Iterable[Float[Tensor, "layer _ d_model"]]) -> Float[Tensor, " layer"]:
         """Fit the SAE to a sample, of which `init_tokens` are used; returns each layer's variance."""
@@ -129,17 +116,18 @@ class Trainer:
             self._quiet_before = self.quiet
             if self.rules.normalize == "each_micro_batch":
                 self._decoder_before = self.sae.W_dec.detach().clone()
+        impl = self.config.impl
         with self._autocast():
-            code = self.sae.encode(resid)
-            error, squared = self.sae.error(resid, code)
+            code = self.sae.encode(resid, impl=impl)
+            error, squared = self.sae.error(resid, code, impl=impl)
         self.tick(code, resid.shape[1])
         per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, squared, variance)
-        aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, "auto")
+        aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, impl)
         loss = per_layer.mean() + self.config.aux_coef * aux
-        self.scaler.scale(loss * resid.shape[1]).backward()
+        self.optimizer.scaler.scale(loss * resid.shape[1]).backward()
         if self.rules.normalize == "each_micro_batch":  # defect D7
             self.sae.normalize_decoder_()
-            self._project_gradient()
+            self.optimizer.project()
         fvu = losses.per_dimension(resid, squared.detach(), variance)
         self._parts.append((resid.shape[1], loss.detach(), aux.detach(), fvu))
 
@@ -148,22 +136,13 @@ class Trainer:
         if not self._parts:
             raise ConfigError("resid", "no unmasked token in this step; raise batch_size or check the mask")
         n_tokens = sum(n for n, *_ in self._parts)
-        self.scaler.unscale_(self.optimizer)
-        for weight in self._weights():
-            _grad(weight).div_(n_tokens)
-        if self.rules.normalize == "after_step":
-            self._project_gradient()
         try:
-            grad_norm = self._finite_norm()
+            grad_norm = self._finite(self.optimizer.mean_gradients(n_tokens))
         except NumericsError:
             self._abandon()
             raise
-        lr = self._schedule()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.rules.normalize == "after_step":
-            self.sae.normalize_decoder_()
+        lr, limit = self._schedule(), self.config.clip_grad_norm
+        self.optimizer.step(lr, 1.0 if limit is None or grad_norm <= limit else limit / grad_norm)
         self.steps += 1
         self.tokens += n_tokens
         return self._report(n_tokens, lr, grad_norm)
@@ -179,20 +158,13 @@ class Trainer:
         forwards = self.rules.dead_clock == "forwards"
         self.quiet = torch.where(fired, 1 if forwards else 0, self.quiet + (1 if forwards else n_tokens))
 
-    @torch.no_grad()
-    def _project_gradient(self) -> None:
-        """Remove from each decoder row's gradient its component along the (unit) row: the norm is not the loss's to change."""
-        W_dec, grad = self.sae.W_dec, _grad(self.sae.W_dec)
-        grad -= (grad * W_dec).sum(1, keepdim=True) * W_dec
-
-    def _finite_norm(self) -> float:
-        """The gradient's norm; stops the run at the first loss or gradient that is not finite."""
+    def _finite(self, norms: dict[str, float]) -> float:
+        """The whole gradient's norm; stops the run at the first loss or gradient that is not finite."""
         for _, loss, _, _ in self._parts:
             if not math.isfinite(float(loss)):
                 raise NumericsError(
                     "loss", f"{float(loss)} at step {self.steps + 1}; lower lr, or look at the data of this step"
                 )
-        norms = {name: float(_grad(getattr(self.sae, name)).norm()) for name in WEIGHTS}
         for name, norm in norms.items():
             if not math.isfinite(norm) and self.precision != "float16":
                 raise NumericsError(
@@ -204,30 +176,25 @@ class Trainer:
             raise NumericsError(
                 "gradient", f"{MAX_OVERFLOWS} float16 overflows in a row; use --precision bfloat16 or float32"
             )
-        if self.config.clip_grad_norm is not None and norm > self.config.clip_grad_norm:
-            for weight in self._weights():
-                _grad(weight).mul_(self.config.clip_grad_norm / norm)
         return norm
 
     def _abandon(self) -> None:
         """Forget the step in progress."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.forget()
         self._parts = []
         self.quiet = self._quiet_before
         if self.rules.normalize == "each_micro_batch":
             self.sae.W_dec.data.copy_(self._decoder_before)
 
     def _schedule(self) -> float:
-        """Set and return this step's learning rate: linear warm-up, constant, linear decay."""
+        """This step's learning rate: linear warm-up, constant, linear decay."""
         factor = 1.0
         if self.n_steps is not None:
             warmup = _given(self.config.warmup_fraction, self.rules.warmup_fraction) * self.n_steps
             decay = _given(self.config.decay_fraction, self.rules.decay_fraction) * self.n_steps
             factor = min(1.0, (self.steps + 1) / warmup if warmup else 1.0)
             factor = min(factor, max(0.0, self.n_steps - self.steps) / decay if decay else 1.0)
-        lr = self.peak_lr * factor
-        self.optimizer.param_groups[0]["lr"] = lr
-        return lr
+        return self.peak_lr * factor
 
     def _report(self, n_tokens: int, lr: float, grad_norm: float) -> StepReport:
         parts, self._parts = self._parts, []
@@ -253,9 +220,6 @@ class Trainer:
         with torch.autocast(self.sae.W_enc.device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield
 
-    def _weights(self) -> list[Tensor]:
-        return [getattr(self.sae, name) for name in WEIGHTS]
-
     # ---- what a resumed run needs --------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
@@ -263,30 +227,14 @@ class Trainer:
         state = {"quiet": self.quiet, "counters": torch.tensor([self.steps, self.tokens])}
         if self.variance is not None:
             state["variance"] = self.variance
-        for name in WEIGHTS:
-            for moment, value in self.optimizer.state[getattr(self.sae, name)].items():
-                state[f"adam.{name}.{moment}"] = value
-        if self.scaler.is_enabled():
-            scaler = self.scaler.state_dict()
-            state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
-        return state
+        return state | self.optimizer.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state()` gave."""
         self.quiet = state["quiet"].to(self.quiet)
         self.steps, self.tokens = state["counters"].tolist()
         self.variance = state["variance"].to(self.sae.W_enc) if "variance" in state else None
-        for name in WEIGHTS:
-            for moment, value in self.optimizer.state[getattr(self.sae, name)].items():
-                value.copy_(state[f"adam.{name}.{moment}"])
-        if self.scaler.is_enabled():
-            scale, tracker = state["scaler"].tolist()
-            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
-
-
-def _grad(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad
+        self.optimizer.load_state(state)
 
 
 def _given(*values: Any) -> Any:

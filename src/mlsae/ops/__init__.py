@@ -6,17 +6,17 @@
 import logging
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mlsae.config import Impl
 from mlsae.errors import ConfigError
 from mlsae.ops import autograd, cpu, gpu, reference
 
 log = logging.getLogger("mlsae")
 
-Impl = Literal["auto", "reference", "cpu", "triton"]
 KERNELS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": gpu}
 
 

@@ -23,9 +23,7 @@ def encode(
     bias: Float[Tensor, " d_model"],
     W_enc: Float[Tensor, "n_latents d_model"],
     k: int,
-) -> tuple[
-    Float[Tensor, "layer token k"], Int[Tensor, "layer token k"], Float[Tensor, "layer token d_model"]
-]:
+) -> tuple[Float[Tensor, "layer token k"], Int[Tensor, "layer token k"], Float[Tensor, "layer token d_model"]]:
     """The k largest entries of `x @ W_enc.T` in each row, rectified, their latents, and `x = (resid - shift) / divisor - bias`."""
     x = resid - bias if shift is None or divisor is None else resid.sub(shift).div_(divisor).sub_(bias)
     values, indices = top_k(x.flatten(0, 1), W_enc, k)
@@ -48,7 +46,7 @@ def decode(
     values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"]
 ) -> Float[Tensor, "row d_model"]:
     """`sum_i values[:, i] * W[indices[:, i]]`."""
-    if not _dense(indices, len(W)):
+    if not is_dense(indices, len(W)):
         return embedding_bag(indices, W, per_sample_weights=values, mode="sum")
     out = values.new_empty(len(values), W.shape[1])
     for rows in chunks(len(values), len(W)):
@@ -60,7 +58,7 @@ def dots(
     indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"], rows: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row k"]:
     """`<W[indices[t, i]], rows[t]>`: the gradient of `decode` in its values."""
-    if not _dense(indices, len(W)):  # by torch's own backward of embedding_bag, which gathers nothing
+    if not is_dense(indices, len(W)):  # by torch's own backward of embedding_bag, which gathers nothing
         with torch.enable_grad():
             weights = rows.new_ones(indices.shape).requires_grad_()
             bag = embedding_bag(indices, W.detach(), per_sample_weights=weights, mode="sum")
@@ -75,7 +73,7 @@ def latent_gradient(
     weights: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], rows: Float[Tensor, "row d_model"], n_latents: int
 ) -> tuple[Float[Tensor, "n_latents d_model"], Float[Tensor, " n_latents"]]:
     """For each latent, the weighted sum of the rows it is active in, which is a weight matrix's gradient, and the sum of weights."""
-    if _dense(indices, n_latents):
+    if is_dense(indices, n_latents):
         gradient, sums = rows.new_zeros(n_latents, rows.shape[1]), rows.new_zeros(n_latents)
         for part in chunks(len(rows), n_latents):
             dense = to_dense(weights[part], indices[part], n_latents)
@@ -106,7 +104,7 @@ def decode_error(
     recon = decode(values.flatten(0, 1), indices.flatten(0, 1), W_dec).view_as(resid)
     recon = (recon if bias is None else recon.add_(bias)).mul_(scale)
     error = torch.sub(resid, recon if shift is None else recon.add_(shift), out=recon)
-    squared = torch.stack([torch.dot(rows, rows) for rows in error.flatten(1)])
+    squared = error.square().sum((1, 2))
     if not want_dots:
         return error, squared, None
     return error, squared, dots(indices.flatten(0, 1), W_dec, error.flatten(0, 1)).view_as(values)
@@ -123,5 +121,5 @@ def chunks(n_rows: int, n_latents: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
-def _dense(indices: Tensor, n_latents: int) -> bool:
-    return indices.shape[1] * DENSE_SHARE > n_latents
+def is_dense(indices: Tensor, n_latents: int) -> bool:
+    return indices.shape[-1] * DENSE_SHARE > n_latents
