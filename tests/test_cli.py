@@ -83,7 +83,7 @@ def test_python_m_mlsae_is_the_command_line():
 
 USAGE = [
     ("trian", "command: unknown command 'trian'; did you mean 'train'?"),
-    ("zzz", "command: unknown command 'zzz'; choose demo, train, evaluate, analyze"),
+    ("zzz", "command: unknown command 'zzz'; choose demo, train, evaluate, analyze, info"),
     ("train", "lm: missing; give --lm"),
     ("train --lm a --data b", "out: missing; give --out"),
     ("evaluate", "sae: missing; name a run directory, an SAE folder or a Hub id"),

@@ -37,7 +37,7 @@ ROOMS = [
     {"analysis.drawing"},
     {"analysis.figures"},
     {"analysis.report"},
-    {"demo"},
+    {"demo", "info"},
     {"cli"},
     {"__init__", "__main__"},
 ]

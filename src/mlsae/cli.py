@@ -87,6 +87,10 @@ class Analyze(Output, Reader):
     """Text of the single-prompt heatmap; None: the paper's."""
 
 
+class Info(Output):
+    """Say what is installed, which devices there are, and who computes the sparse operations."""
+
+
 # ---- the commands --------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +187,14 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
     )
 
 
+def run_info(command: Info) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae.info import info
+
+    found = info()
+    return found, str(found)
+
+
 def _named(command: Evaluate | Analyze) -> tuple[Any, str, str]:
     """The SAE, and the language model and text that were named, or else those it was trained with."""
     from mlsae.sae import MLSAE
@@ -218,6 +230,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
     "train": (Train, run_train),
     "evaluate": (Evaluate, run_evaluate),
     "analyze": (Analyze, run_analyze),
+    "info": (Info, run_info),
 }
 HELP = """usage: mlsae COMMAND ...
 
@@ -227,6 +240,7 @@ Train one sparse autoencoder on every layer of a language model, and see where i
   train      train an SAE on every layer of a language model
   evaluate   how good it is on held-out text, layer by layer
   analyze    where in depth its latents live: numbers, figures, a report
+  info       what is installed, and who computes the sparse operations
 
 mlsae COMMAND --help says more. Start with: mlsae demo
 """

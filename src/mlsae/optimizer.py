@@ -91,7 +91,7 @@ class Optimizer:
 
 
 class FusedOptimizer(Optimizer):
-    """The same step in one pass over the rows of each weight: mean, projection, Adam and unit norm. The gradient stays as it is."""
+    """The same in one pass over the rows of each weight: mean, projection, Adam and unit norm. The gradient stays as it is."""
 
     def mean_gradients(self, n_tokens: int) -> dict[str, float]:
         """The norms of the means, and what of each row's gradient will be left out."""

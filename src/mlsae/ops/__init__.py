@@ -69,11 +69,17 @@ def decode_error(
 def choose(impl: Impl, like: Tensor) -> Any:
     """The module of kernels that computes an op on tensors like this one. Raises ConfigError if `impl` cannot."""
     if impl == "auto":
-        impl = next(name for name in ("cpu", "triton", "reference") if unfit(name, like) is None)
+        impl = best_for(like)
     elif reason := unfit(impl, like):
         raise ConfigError("impl", f"'{impl}' cannot be used: {reason}; use auto or reference")
     _say_once(impl)
     return KERNELS[impl]
+
+
+def best_for(like: Tensor) -> Impl:
+    """What `auto` is for tensors like this one."""
+    fit: list[Impl] = [name for name in ("cpu", "triton", "reference") if unfit(name, like) is None]
+    return fit[0]
 
 
 def unfit(impl: str, like: Tensor) -> str | None:

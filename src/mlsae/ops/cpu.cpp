@@ -256,8 +256,8 @@ constexpr int PLACES = 1024;             // latents in doubt that a row may have
 
 static inline int64_t padded(int64_t d) { return blocks(d, 16) * 16; }
 
-// Hadamard rotation of the first `span` of m vectors of 16, a power of 2, by butterflies between whole vectors.
-static void butterflies(float* v, int64_t span) {
+// Hadamard rotation of the `span` vectors of 16 at v, a power of 2: butterflies between vectors.
+static void across(float* v, int64_t span) {
   for (int64_t h = 1; h < span; h *= 2)
     for (int64_t i = 0; i < span; i += 2 * h)
       for (int64_t j = i; j < i + h; j++) {
@@ -269,15 +269,30 @@ static void butterflies(float* v, int64_t span) {
   for (int64_t c = 0; c < 16 * span; c++) v[c] *= scale;
 }
 
-// The rotated row: over the first 2^i vectors, and, where m is no power of 2, then over the last 2^i.
+// The same within each of m vectors.
+static void within(float* v, int64_t m) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < m; i++) {
+    __m512 x = _mm512_loadu_ps(v + 16 * i);
+    for (int h = 1; h < 16; h *= 2) {
+      const __m512i half = _mm512_set1_epi32(h);
+      const __m512 other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, half), x);
+      x = _mm512_mask_sub_ps(_mm512_add_ps(other, x), _mm512_test_epi32_mask(lane, half), other, x);
+    }
+    _mm512_storeu_ps(v + 16 * i, _mm512_mul_ps(x, _mm512_set1_ps(0.25f)));
+  }
+}
+
+// The rotated row: within each vector, over the first 2^i vectors, and, where m is no power of 2, then over the last 2^i.
 static void rotate(const float* row, int64_t d, float* v) {
   const int64_t m = padded(d) / 16;
   std::memcpy(v, row, d * sizeof(float));
   std::fill(v + d, v + 16 * m, 0.f);
   int64_t span = 1;
   while (2 * span <= m) span *= 2;
-  butterflies(v, span);
-  if (span < m) butterflies(v + 16 * (m - span), span);
+  within(v, m);
+  across(v, span);
+  if (span < m) across(v + 16 * (m - span), span);
 }
 
 struct Quantised {
@@ -381,6 +396,14 @@ static inline void multiply(const int8_t* const* q, const int32_t* offset, const
     for (int u = 0; u < 4; u++) _mm512_storeu_si512(out + (a * 4 + u) * 16, acc[a][u]);
 }
 
+// scores[i] = <row, W[ids[i]]> for the i in `chosen`.
+static void rescore(const float* row, const float* W, int64_t d, const int32_t* ids, const int32_t* chosen, int m, float* scores) {
+  for (int i = 0; i < m; i++) {
+    if (i + 2 < m) prefetch(W + (int64_t)ids[chosen[i + 2]] * d, d);
+    scores[chosen[i]] = dot(row, W + (int64_t)ids[chosen[i]] * d, d);
+  }
+}
+
 // The k largest of x @ W^T in each row, rectified. Rows in which too many latents stay in doubt, or that are not finite, are
 // marked in `redo` instead. `rescored` counts the float32 products of each row.
 void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, const float* scale, const float* norm,
@@ -390,7 +413,7 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
   const float rounding = (2 * size + 64) * 6e-8f;  // of the rotation, of a float32 product and of the bounds themselves
   std::vector<float> v(size), row_scale(ROWS), by_norm(ROWS), by_lost(ROWS), scores(PLACES + TILE);
   std::vector<int8_t> q(ROWS * size);
-  std::vector<int32_t> offset(ROWS + TILE_ROWS), keys(PLACES + TILE), ids(ROWS * (PLACES + TILE)), products(TILE_ROWS * TILE);
+  std::vector<int32_t> offset(ROWS + TILE_ROWS), keys(PLACES + TILE), ids(ROWS * (PLACES + TILE)), products(TILE_ROWS * TILE), chosen(PLACES + TILE);
   std::vector<float> upper(ROWS * (PLACES + TILE)), lower(ROWS * (PLACES + TILE));
   std::vector<Doubts> doubts(ROWS);
   for (int64_t block; take(next, blocks(n_rows, ROWS), block);) {
@@ -448,20 +471,22 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
       const float* one = x + (first + r) * d;
       row.raise_bar((int)k, keys.data());
       // Products of about k latents first: the smallest of k exact ones is a higher bar than any lower bound.
-      int done = 0;
+      std::fill(scores.begin(), scores.begin() + row.m, -std::numeric_limits<float>::infinity());
+      int some = 0;
       for (int i = 0; i < row.m; i++) {
-        scores[i] = -std::numeric_limits<float>::infinity();
-        if (row.lower[i] < row.bar) continue;
-        scores[i] = dot(one, W + (int64_t)row.ids[i] * d, d);
-        keys[done++] = key_of(scores[i]);
+        chosen[some] = i;
+        some += row.lower[i] >= row.bar;
       }
-      const float bar = value_of(threshold(keys.data(), done, (int)k, 0));
-      for (int i = 0; i < row.m; i++)
-        if (row.lower[i] < row.bar && row.upper[i] >= bar) {
-          scores[i] = dot(one, W + (int64_t)row.ids[i] * d, d);
-          done++;
-        }
-      rescored[first + r] = done;
+      rescore(one, W, d, row.ids, chosen.data(), some, scores.data());
+      for (int i = 0; i < some; i++) keys[i] = key_of(scores[chosen[i]]);
+      const float bar = value_of(threshold(keys.data(), some, (int)k, 0));
+      int more = 0;
+      for (int i = 0; i < row.m; i++) {
+        chosen[more] = i;
+        more += row.lower[i] < row.bar && row.upper[i] >= bar;
+      }
+      rescore(one, W, d, row.ids, chosen.data(), more, scores.data());
+      rescored[first + r] = some + more;
       select(scores.data(), row.ids, row.m, (int)k, keys.data(), values + (first + r) * k, indices + (first + r) * k);
     }
   }

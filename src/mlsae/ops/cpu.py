@@ -35,20 +35,31 @@ def unfit(like: Tensor) -> str | None:
     return missing()
 
 
-@cache
 def missing() -> str | None:
     """Why there is no library to load; None: there is one."""
-    if not library_path("portable").exists():
-        return "no compiler was found when mlsae was installed"
-    return None
+    if "portable" in built():
+        return None
+    return (
+        "its library was not built, for want of a C++ compiler when mlsae was installed; install one, and mlsae again"
+    )
+
+
+@cache
+def built() -> tuple[str, ...]:
+    """The levels that have a library."""
+    return tuple(level for level in LEVELS if library_path(level).exists())
 
 
 @cache
 def best_level() -> str:
-    """The best level that is built and that this machine runs; the environment's MLSAE_CPU_LEVEL names a lower one."""
+    """The best level that is built and that this machine runs."""
     runs = LEVELS[: load("portable").level() + 1]
-    wanted = os.environ.get("MLSAE_CPU_LEVEL", runs[-1])
-    return [level for level in runs[: runs.index(wanted) + 1] if library_path(level).exists()][-1]
+    return [level for level in built() if level in runs][-1]
+
+
+def screens() -> bool:
+    """Whether that level can screen in int8."""
+    return bool(_library().screens())
 
 
 def library_path(level: str) -> Path:
@@ -167,19 +178,18 @@ def top_k(
     """Values, latents, and how many products of each row were taken in float32 (n_latents: all of them)."""
     n = len(W_enc)
     values, indices = torch.empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    rescored = torch.full((len(x),), n, dtype=torch.int32)
+    rescored = torch.empty(len(x), dtype=torch.int32)
     redo = torch.ones(len(x), dtype=torch.bool)
-    screened = _library().screens() and min(len(x), n) >= MIN_SCREENED and not reference.is_dense(indices, n)
+    screened = screens() and min(len(x), n) >= MIN_SCREENED and not reference.is_dense(indices, n)
     if screened:
         _screen(x, W_enc, values, indices, redo, rescored)
+    rescored[redo] = n
     if redo.all():
         _multiply(x, W_enc, values, indices)
     elif redo.any():
-        again, where = x[redo], redo.nonzero().flatten()
-        parts = torch.empty(len(again), k), torch.empty(len(again), k, dtype=torch.int64)
-        _multiply(again, W_enc, *parts)
-        values[where], indices[where] = parts
-        rescored[where] = n
+        again = torch.empty(int(redo.sum()), k), torch.empty(int(redo.sum()), k, dtype=torch.int64)
+        _multiply(x[redo], W_enc, *again)
+        values[redo], indices[redo] = again
     return values, indices, rescored
 
 

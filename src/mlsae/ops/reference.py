@@ -24,7 +24,7 @@ def encode(
     W_enc: Float[Tensor, "n_latents d_model"],
     k: int,
 ) -> tuple[Float[Tensor, "layer token k"], Int[Tensor, "layer token k"], Float[Tensor, "layer token d_model"]]:
-    """The k largest entries of `x @ W_enc.T` in each row, rectified, their latents, and `x = (resid - shift) / divisor - bias`."""
+    """The k largest entries of `x @ W_enc.T` in each row, rectified, their latents, and `(resid - shift) / divisor - bias`, x."""
     x = resid - bias if shift is None or divisor is None else resid.sub(shift).div_(divisor).sub_(bias)
     values, indices = top_k(x.flatten(0, 1), W_enc, k)
     return values.view(*x.shape[:2], k), indices.view(*x.shape[:2], k), x
@@ -72,7 +72,7 @@ def dots(
 def latent_gradient(
     weights: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], rows: Float[Tensor, "row d_model"], n_latents: int
 ) -> tuple[Float[Tensor, "n_latents d_model"], Float[Tensor, " n_latents"]]:
-    """For each latent, the weighted sum of the rows it is active in, which is a weight matrix's gradient, and the sum of weights."""
+    """For each latent, the weighted sum of the rows it is active in, a weight matrix's gradient, and the sum of weights."""
     if is_dense(indices, n_latents):
         gradient, sums = rows.new_zeros(n_latents, rows.shape[1]), rows.new_zeros(n_latents)
         for part in chunks(len(rows), n_latents):
