@@ -62,6 +62,3 @@ def compile_level(root: Path, compiler: str, level: str, flags: list[str]) -> Pa
     partial.replace(target)
     return target
 
-
-if __name__ == "__main__":
-    print(*build(Path(__file__).parent), sep="\n")

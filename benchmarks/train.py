@@ -9,6 +9,8 @@ its own loop: README.md beside this file says how to have the peers take part.
 
 import argparse
 import json
+import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,8 +105,6 @@ def ours(work: TextWork, turns: Turns, *, impl: str = "auto") -> None:
 
 def official(work: TextWork, turns: Turns) -> None:
     """The published `MLSAETransformer` in Lightning's own loop."""
-    import sys
-
     sys.path.insert(0, str(peers.checkout("official")))
     for package in ("lightning", "tuned_lens", "wandb"):
         peers.need(package, package.replace("_", "-"), "official")
@@ -123,9 +123,12 @@ def official(work: TextWork, turns: Turns) -> None:
         accumulate_grad_batches=work.accumulation,
     )
 
+    losses = deque[Any](maxlen=work.accumulation)
+
     class Note(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-            turns.value = outputs["loss"].detach()
+            losses.append(outputs["loss"].detach())  # already divided by the number of passes
+            turns.value = sum(losses)
 
     trainer = Trainer(
         accelerator="cpu",

@@ -608,18 +608,20 @@ void project(const float* W, const float* gradient, int64_t n, int64_t d, int64_
 
 // Adam with the gradient (gradient - along * W) * factor, then rows of unit norm where they are `unit` (zero rows stay).
 void adam(float* W, const float* gradient, float* mean, float* square, const float* along, int64_t n, int64_t d, int64_t unit,
-          float factor, float step_size, float beta1, float beta2, float root_correction2, float eps, int64_t* next) {
+          double factor, double step_size, double beta1, double beta2, double root_correction2, double eps, int64_t* next) {
   const int64_t size = 16;
+  const float scale = (float)factor, of_mean = (float)(1 - beta1), keep = (float)beta2, of_square = (float)(1 - beta2);
+  const float step = (float)step_size, root = (float)root_correction2, floor = (float)eps;
   for (int64_t block; take(next, blocks(n, size), block);) {
     for (int64_t j = block * size; j < std::min(n, (block + 1) * size); j++) {
       float *w = W + j * d, *m = mean + j * d, *v = square + j * d;
       const float* grad = gradient + j * d;
       const float a = along[j];
       for (int64_t c = 0; c < d; c++) {
-        const float g = (grad[c] - a * w[c]) * factor;
-        m[c] += (1 - beta1) * (g - m[c]);
-        v[c] = beta2 * v[c] + (1 - beta2) * g * g;
-        w[c] -= step_size * m[c] / (std::sqrt(v[c]) / root_correction2 + eps);
+        const float g = (grad[c] - a * w[c]) * scale;
+        m[c] += of_mean * (g - m[c]);
+        v[c] = keep * v[c] + of_square * g * g;
+        w[c] -= step * m[c] / (std::sqrt(v[c]) / root + floor);
       }
       if (!unit) continue;
       const float norm = std::sqrt(dot(w, w, d));

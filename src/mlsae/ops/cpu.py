@@ -284,7 +284,7 @@ def _threads(pid: int) -> ThreadPoolExecutor:
 def _argument(value: Tensor | int | float | None) -> Any:
     if value is None or isinstance(value, Tensor):
         return ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_double(value)
 
 
 def _strides(tensor: Tensor) -> list[int]:
