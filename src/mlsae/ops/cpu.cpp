@@ -399,7 +399,7 @@ static inline void multiply(const int8_t* const* q, const int32_t* offset, const
 // scores[i] = <row, W[ids[i]]> for the i in `chosen`.
 static void rescore(const float* row, const float* W, int64_t d, const int32_t* ids, const int32_t* chosen, int m, float* scores) {
   for (int i = 0; i < m; i++) {
-    if (i + 2 < m) prefetch(W + (int64_t)ids[chosen[i + 2]] * d, d);
+    if (i + 4 < m) prefetch(W + (int64_t)ids[chosen[i + 4]] * d, d);
     scores[chosen[i]] = dot(row, W + (int64_t)ids[chosen[i]] * d, d);
   }
 }

@@ -134,7 +134,6 @@ def decode_error(
         at = layer * shift_strides[0] + token * shift_strides[1] + columns * shift_strides[2]
         recon += tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
     left = tl.load(resid + row * d_model + columns, mask=inside, other=0.0).to(tl.float32) - recon
-    left = tl.where(inside, left, 0.0)
     tl.store(error + row * d_model + columns, left, mask=inside)
     tl.store(squared + row, tl.sum(left * left, 0))
     if out is not None:
