@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from platform import machine
@@ -19,7 +18,7 @@ X86_LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512v
 
 
 class KernelsHook(BuildHookInterface):
-    """Adds `cpu_<level>.so` to a wheel, or puts them beside the source of an editable installation."""
+    """Adds `cpu_<level>.lib` to a wheel, or puts them beside the source of an editable installation."""
 
     def initialize(self, version, build_data):
         """Called by hatchling before it collects the files."""
@@ -46,8 +45,7 @@ def build(root: Path) -> list[Path]:
 
 def compile_level(root: Path, compiler: str, level: str, flags: list[str]) -> Path | None:
     """One library, complete or not there at all."""
-    suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
-    target = root / SOURCE.with_name(f"cpu_{level}{suffix}")
+    target = root / SOURCE.with_name(f"cpu_{level}.lib")
     partial = target.with_suffix(".partial")
     command = [*compiler.split(), *FLAGS, *flags, str(root / SOURCE), "-o", str(partial)]
     try:
@@ -61,4 +59,3 @@ def compile_level(root: Path, compiler: str, level: str, flags: list[str]) -> Pa
         return None
     partial.replace(target)
     return target
-

@@ -26,6 +26,7 @@ ROOMS = [
         "ops.reference",
         "ops.cpu",
         "ops.gpu",
+        "ops.gpu_kernels",
         "analysis.events",
     },
     {"text", "devices", "sae"},

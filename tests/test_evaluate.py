@@ -280,10 +280,11 @@ def test_training_and_evaluation_mean_the_same_by_fvu(lm: LanguageModel, blocks:
     sae = make_sae()
     vectors = read(lm, sae, all_tokens(blocks)).vectors
     with torch.no_grad():
-        _, recon = sae(vectors)
+        code, recon = sae(vectors)
+        _, squared = sae.error(vectors, code)
     moments = metrics.Moments(3, D_MODEL)
     moments.update(vectors)
-    trained = losses.per_dimension(vectors, recon, moments.variance.float())
+    trained = losses.per_dimension(vectors, squared, moments.variance.float())
     assert trained.tolist() == pytest.approx(metrics.fvu(vectors, recon).tolist(), rel=1e-6)
     assert trained.tolist() == pytest.approx(column(evaluate(sae, lm, blocks, **SETTINGS), "fvu"), rel=1e-6)
 

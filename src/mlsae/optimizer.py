@@ -16,19 +16,25 @@ from mlsae.sae import MLSAE
 WEIGHTS = ("W_enc", "W_dec", "b_pre")
 
 
-class Optimizer:
-    """Torch's Adam. A step is `norms = mean_gradients(n)`, then `step(lr, factor)` or, to leave the weights alone, `forget()`."""
+def optimizer_of(sae: MLSAE, config: TrainerConfig, lr: float) -> "RowAdam":
+    """The one that suits the SAE's device and `config.impl`."""
+    in_float32 = config.precision in (None, "float32")
+    if in_float32 and ops.choose(config.impl, sae.W_enc) is cpu:
+        return RowAdam(sae, config)
+    return TorchAdam(sae, config, lr)
 
-    def __init__(self, sae: MLSAE, config: TrainerConfig, lr: float):
+
+class RowAdam:
+    """Means, projection, Adam and unit norm in one pass over the rows of each weight, by the CPU kernels.
+
+    A step is `backward(loss)` once or more, `norms = mean_gradients(n)`, then `step(lr, factor)`, or else `forget()`.
+    """
+
+    def __init__(self, sae: MLSAE, config: TrainerConfig):
         self.sae, self.config = sae, config
         self.unit_rows = config.rules.normalize == "after_step"
-        device = sae.W_enc.device
-        fused = device.type in ("cpu", "cuda")
-        self.adam = torch.optim.Adam(self.weights(), lr=lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
-        for weight in self.weights():  # the moments are made at once, so that `state()` always has them
-            moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-            self.adam.state[weight] = {"step": torch.tensor(0.0, device=device), **moments}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.moments = {name: _no_moments(getattr(sae, name)) for name in WEIGHTS}
+        self._mean, self._along = 1.0, {}
 
     def weights(self) -> list[Tensor]:
         """The tensors it trains, in the order of WEIGHTS."""
@@ -38,6 +44,68 @@ class Optimizer:
         """What the backward passes have summed."""
         return [weight.grad for weight in self.weights() if weight.grad is not None]
 
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's derivatives to the gradient."""
+        loss.backward()
+
+    def mean_gradients(self, n_tokens: int) -> dict[str, float]:
+        """The norms of the means. The gradient stays as it is; what of each row is left out is kept for `step`."""
+        self._mean, norms = 1 / n_tokens, {}
+        for name, weight, gradient in zip(WEIGHTS, self.weights(), self.gradients(), strict=True):
+            self._along[name], norm = cpu.project(*_rows(weight, gradient), unit=self._unit(name))
+            norms[name] = norm * self._mean
+        return norms
+
+    @torch.no_grad()
+    def step(self, lr: float, factor: float) -> None:
+        """Step down `factor` times the gradient and forget it."""
+        rates = {"lr": lr, "betas": self.config.adam_betas, "eps": self.config.adam_eps, "factor": factor * self._mean}
+        for name, weight, gradient in zip(WEIGHTS, self.weights(), self.gradients(), strict=True):
+            moments, along = self.moments[name], self._along[name]
+            cpu.adam_(*_rows(weight, gradient), moments, along, unit=self._unit(name), **rates)
+        self.forget()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Remove from each decoder row's gradient its component along the (unit) row."""
+        W_dec, (_, gradient, _) = self.sae.W_dec, self.gradients()
+        gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
+
+    def forget(self) -> None:
+        """Drop the gradient."""
+        for weight in self.weights():
+            weight.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Live moments."""
+        return {f"adam.{name}.{key}": value for name in WEIGHTS for key, value in self.moments[name].items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state()` gave."""
+        for name in WEIGHTS:
+            for key, value in self.moments[name].items():
+                value.copy_(state[f"adam.{name}.{key}"])
+
+    def _unit(self, name: str) -> bool:
+        return self.unit_rows and name == "W_dec"
+
+
+class TorchAdam(RowAdam):
+    """Torch's Adam on the same moments, and its gradient scaler where training is in float16."""
+
+    def __init__(self, sae: MLSAE, config: TrainerConfig, lr: float):
+        super().__init__(sae, config)
+        device = sae.W_enc.device.type
+        fused = device in ("cpu", "cuda")
+        self.adam = torch.optim.Adam(self.weights(), lr=lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
+        for name, weight in zip(WEIGHTS, self.weights(), strict=True):
+            self.adam.state[weight] = self.moments[name]
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "float16")
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's derivatives, scaled in float16, to the gradient."""
+        self.scaler.scale(loss).backward()
+
     def mean_gradients(self, n_tokens: int) -> dict[str, float]:
         """Turn sums over tokens into means, keep the decoder's rows from growing, and give each gradient's norm."""
         self.scaler.unscale_(self.adam)
@@ -46,12 +114,6 @@ class Optimizer:
         if self.unit_rows:
             self.project()
         return {name: float(gradient.norm()) for name, gradient in zip(WEIGHTS, self.gradients(), strict=True)}
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Remove from each decoder row's gradient its component along the (unit) row: the norm is not the loss's to change."""
-        W_dec, (_, gradient, _) = self.sae.W_dec, self.gradients()
-        gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
 
     def step(self, lr: float, factor: float) -> None:
         """Step down `factor` times the gradient and forget it."""
@@ -65,60 +127,26 @@ class Optimizer:
             self.sae.normalize_decoder_()
         self.forget()
 
-    def forget(self) -> None:
-        """Drop the gradient."""
-        self.adam.zero_grad(set_to_none=True)
-
     def state(self) -> dict[str, Tensor]:
         """Live moments and, with float16, the scaler's."""
-        state = {}
-        for name in WEIGHTS:
-            for moment, value in self.adam.state[getattr(self.sae, name)].items():
-                state[f"adam.{name}.{moment}"] = value
-        if self.scaler.is_enabled():
-            scaler = self.scaler.state_dict()
-            state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
-        return state
+        if not self.scaler.is_enabled():
+            return super().state()
+        scaler = self.scaler.state_dict()
+        numbers = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
+        return super().state() | {"scaler": numbers}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state()` gave."""
-        for name in WEIGHTS:
-            for moment, value in self.adam.state[getattr(self.sae, name)].items():
-                value.copy_(state[f"adam.{name}.{moment}"])
+        super().load_state(state)
         if self.scaler.is_enabled():
             scale, tracker = state["scaler"].tolist()
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
 
 
-class FusedOptimizer(Optimizer):
-    """The same in one pass over the rows of each weight: mean, projection, Adam and unit norm. The gradient stays as it is."""
-
-    def mean_gradients(self, n_tokens: int) -> dict[str, float]:
-        """The norms of the means, and what of each row's gradient will be left out."""
-        self._mean = 1 / n_tokens
-        self._along, norms = {}, {}
-        for name, weight, gradient in zip(WEIGHTS, self.weights(), self.gradients(), strict=True):
-            self._along[name], norm = cpu.project(*_rows(weight, gradient), unit=self._unit(name))
-            norms[name] = norm * self._mean
-        return norms
-
-    @torch.no_grad()
-    def step(self, lr: float, factor: float) -> None:
-        """Step down `factor` times the gradient and forget it."""
-        rates = {"lr": lr, "betas": self.config.adam_betas, "eps": self.config.adam_eps, "factor": factor * self._mean}
-        for name, weight, gradient in zip(WEIGHTS, self.weights(), self.gradients(), strict=True):
-            moments, along = self.adam.state[weight], self._along[name]
-            cpu.adam_(*_rows(weight, gradient), moments, along, unit=self._unit(name), **rates)
-        self.forget()
-
-    def _unit(self, name: str) -> bool:
-        return self.unit_rows and name == "W_dec"
-
-
-def optimizer_of(sae: MLSAE, config: TrainerConfig, lr: float) -> Optimizer:
-    """The one that suits the SAE's device and `config.impl`."""
-    fused = ops.choose(config.impl, sae.W_enc) is cpu and config.precision in (None, "float32")
-    return (FusedOptimizer if fused else Optimizer)(sae, config, lr)
+def _no_moments(weight: Tensor) -> dict[str, Tensor]:
+    """Torch's names. They are made at once, so that `state()` always has them."""
+    step = torch.tensor(0.0, device=weight.device)
+    return {"step": step, "exp_avg": torch.zeros_like(weight.data), "exp_avg_sq": torch.zeros_like(weight.data)}
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

@@ -114,7 +114,9 @@ class MLSAE(nn.Module):
             W_enc = self.of(part, self.W_enc)
             values, indices = self.encode_part(resid, shift, scale, part, W_enc, self.config.k, impl)
             codes.append((values, indices + part.latents.start if part.latents.start else indices))
-        values, indices = (joined(tensors).view(*resid.shape[:-1], -1) for tensors in zip(*codes, strict=True))
+        values, indices = (
+            joined(tensors).view(*resid.shape[:-1], self.config.k) for tensors in zip(*codes, strict=True)
+        )
         return Code(values, indices, shift, scale, tuple(rows), self.config.n_latents)
 
     def encode_part(

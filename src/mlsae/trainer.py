@@ -119,12 +119,12 @@ class Trainer:
         impl = self.config.impl
         with self._autocast():
             code = self.sae.encode(resid, impl=impl)
+            self.tick(code, resid.shape[1])
             error, squared = self.sae.error(resid, code, impl=impl)
-        self.tick(code, resid.shape[1])
+            aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, impl)
         per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, squared, variance)
-        aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, impl)
         loss = per_layer.mean() + self.config.aux_coef * aux
-        self.optimizer.scaler.scale(loss * resid.shape[1]).backward()
+        self.optimizer.backward(loss * resid.shape[1])
         if self.rules.normalize == "each_micro_batch":  # defect D7
             self.sae.normalize_decoder_()
             self.optimizer.project()

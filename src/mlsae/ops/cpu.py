@@ -8,7 +8,6 @@ and for rows without a proof, it multiplies all in float32. Threads are torch's 
 
 import ctypes
 import os
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mlsae.ops import reference
+import mlsae.ops.reference as reference
 
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction sets, from the one every machine has upward."""
@@ -64,7 +63,7 @@ def screens() -> bool:
 
 def library_path(level: str) -> Path:
     """Where the build puts a level's library."""
-    return Path(__file__).with_name(f"cpu_{level}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}")
+    return Path(__file__).with_name(f"cpu_{level}.lib")
 
 
 @cache

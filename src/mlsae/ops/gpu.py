@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mlsae.ops import reference
+import mlsae.ops.reference as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_K = 512
