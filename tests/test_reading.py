@@ -1,11 +1,16 @@
 """Tokens to vectors: what is masked, what is counted, and which pairs of language model and SAE are refused."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 
+from mlsae import reading as reading_module
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ModelError
-from mlsae.reading import check_pair, read
+from mlsae.lm import LanguageModel
+from mlsae.reading import check_pair, read, read_ahead
 from mlsae.sae import MLSAE
 from tiny import byte_tokenizer, tiny_lm
 
@@ -94,6 +99,57 @@ def test_nan_is_not_masked_away_and_what_is_masked_does_not_leak(lm, monkeypatch
         sae = make_sae(lm, special_tokens=special_tokens)
         trained = read(lm, sae, TOKENS).to_train(sae)
         assert bool(trained.isfinite().all()) == (not VISIBLE[place])
+
+
+def test_reading_ahead_is_reading(lm):
+    batches = [TOKENS, TOKENS.flip(0), TOKENS[:1]]
+    ahead = list(read_ahead(lm, make_sae(lm), iter(batches)))
+    for got, tokens in zip(ahead, batches, strict=True):
+        assert torch.equal(got.vectors, read(lm, make_sae(lm), tokens).vectors)
+
+
+class Stream:
+    """A CUDA stream as far as `read_ahead` knows one: who waited for whom, and when."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, "waits for", other.name))
+
+
+def test_on_cuda_the_next_batch_is_being_read_while_this_one_is_used(lm, monkeypatch):
+    """The order of events, with streams that only write it down; the results are those of `read`."""
+    log, started = [], threading.Semaphore(0)
+
+    class OnCuda(LanguageModel):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+    def reads(_, sae, tokens):
+        log.append(("side", "reads", len(tokens)))
+        started.release()
+        assert threading.current_thread() is not threading.main_thread()
+        return read(lm, sae, tokens)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main", log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append((stream.name, "keeps", None)))
+    monkeypatch.setattr(reading_module, "read", reads)
+    batches, got = [TOKENS, TOKENS[:1]], []
+    for reading in read_ahead(object.__new__(OnCuda), make_sae(lm), iter(batches)):
+        if not got:  # both batches are read though only one was asked for
+            assert started.acquire(timeout=10)
+            assert started.acquire(timeout=10)
+        got.append(reading)
+        log.append(("main", "uses", len(reading.tokens)))
+    for one, tokens in zip(got, batches, strict=True):
+        assert torch.equal(one.vectors, read(lm, make_sae(lm), tokens).vectors)
+    assert log[0] == ("side", "waits for", "main")
+    for size in (2, 1):
+        used = log.index(("main", "uses", size))
+        assert log[:used].count(("main", "keeps", None)) == 5 * (3 - size)
+        assert ("main", "waits for", "side") in log[log.index(("side", "reads", size)) : used]
 
 
 def test_a_fitting_pair_is_accepted(lm):

@@ -1,6 +1,9 @@
 """Tokens to the residual vectors an SAE sees: the same masking for training, evaluation and analysis."""
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,6 +46,38 @@ def read(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"]) -> Rea
     visible = keep & within.all(0)
     over_norm = (keep & ~within).sum((1, 2))
     return Reading(tokens, resid, visible, resid[:, visible], over_norm)
+
+
+def read_ahead(lm: LanguageModel, sae: MLSAE, batches: Iterable[Int[Tensor, "batch pos"]]) -> Iterator[Reading]:
+    """`read` of every batch. On CUDA the next one is read, by a thread in a stream of its own, while this one is used."""
+    if lm.device.type != "cuda":
+        yield from (read(lm, sae, tokens) for tokens in batches)
+        return
+    stream, here = torch.cuda.Stream(lm.device), torch.cuda.current_stream(lm.device)
+    stream.wait_stream(here)  # the SAE's norm limits may still be on their way
+    with ThreadPoolExecutor(1) as thread:
+        pending: Future[Reading] | None = None
+        for tokens in batches:
+            following = thread.submit(_read_in, stream, lm, sae, tokens)
+            if pending is not None:
+                yield _handed_over(pending, stream, here)
+            pending = following
+        if pending is not None:
+            yield _handed_over(pending, stream, here)
+
+
+def _read_in(stream: Any, lm: LanguageModel, sae: MLSAE, tokens: Tensor) -> Reading:
+    with torch.cuda.stream(stream):
+        return read(lm, sae, tokens)
+
+
+def _handed_over(pending: "Future[Reading]", stream: Any, here: Any) -> Reading:
+    """A finished reading, whose memory the allocator may not give away before this stream has used it."""
+    reading = pending.result()
+    here.wait_stream(stream)
+    for tensor in vars(reading).values():
+        tensor.record_stream(here)
+    return reading
 
 
 def check_pair(lm: LanguageModel, sae: MLSAE) -> None:

@@ -18,7 +18,7 @@ from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import DataError, Interrupted, NumericsError
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.metrics import ReconstructionSums
-from mlsae.reading import check_pair, read
+from mlsae.reading import check_pair, read, read_ahead
 from mlsae.reporting import Reporter, open_logger
 from mlsae.sae import MLSAE
 from mlsae.trainer import StepReport, Trainer
@@ -148,8 +148,7 @@ class Loop:
         """Read a step's text and learn from it; one that is not finite is undone, the state before it saved, the run ended."""
         before = self.position, self.over_norm.clone()
         try:
-            for tokens in self._micro_batches():
-                reading = read(self.lm, self.trainer.sae, tokens)
+            for reading in read_ahead(self.lm, self.trainer.sae, self._micro_batches()):
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
                 self.over_norm += reading.over_norm.cpu()
             return self.trainer.update()
