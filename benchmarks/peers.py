@@ -83,8 +83,8 @@ def _shout(family: str) -> str:
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(work: StepWork, turns: Turns, *, impl: str = "auto", recipe: str = "standard") -> None:
-    """`Trainer.step`."""
+def ours(work: StepWork, turns: Turns, *, impl: str = "auto", recipe: str = "standard", micro: int = 1) -> None:
+    """`Trainer.step`, or the same from `micro` micro-batches."""
     import torch
 
     from mlsae import MLSAE, MLSAEConfig, Trainer
@@ -100,7 +100,9 @@ def ours(work: StepWork, turns: Turns, *, impl: str = "auto", recipe: str = "sta
     note_versions(turns, "mlsae")
     for i in turns:
         trainer.quiet[dead] = QUIET
-        turns.value = trainer.step(batches[i % len(batches)]).loss
+        for part in batches[i % len(batches)].chunk(micro, dim=1):
+            trainer.accumulate(part)
+        turns.value = trainer.update().loss
 
 
 def our_config(impl: str, **knobs: Any) -> Any:
@@ -340,6 +342,7 @@ def dictionary_learning(work: StepWork, turns: Turns) -> None:
 
 CONTENDERS = {
     "ours": Contender("ours", ours),
+    "ours-micro6": Contender("ours-micro6", lambda work, turns: ours(work, turns, micro=6)),
     "ours-reference": Contender("ours-reference", lambda work, turns: ours(work, turns, impl="reference")),
     "ours-lawson2024": Contender("ours-lawson2024", lambda work, turns: ours(work, turns, recipe="lawson2024")),
     "sgemm": Contender("sgemm", sgemm),

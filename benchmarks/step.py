@@ -25,9 +25,12 @@ WORKS = {
     "32768-dead": StepWork(n_latents=32768, dead=0.1),
     "30-layers": StepWork(n_layers=30, n_tokens=410, d_model=576, n_latents=9216),
 }
+MICRO = "-micro6"
+"""Ends the name of a contender that takes the step from six micro-batches."""
 DEFAULT = [
     *(
         OURS,
+        "ours-micro6",
         "ours-reference",
         "sgemm",
         "official",
@@ -141,7 +144,9 @@ def step_goals(name: str, contest: Contest) -> list[Goal]:
             Goal(f"{name}: {family} / {to}, CPU", bound, fastest(contest, family, to))
             for family, bound in bounds.items()
         ]
-    goals.append(Goal(f"{name}: ours / leanest peer, peak RSS", OF_LEANEST, of_leanest(contest), at_least=False))
+    for suffix in ("", MICRO):
+        measured = of_leanest(contest, suffix)
+        goals.append(Goal(f"{name}: ours{suffix} / leanest peer, peak RSS", OF_LEANEST, measured, at_least=False))
     return goals
 
 
@@ -151,11 +156,12 @@ def fastest(contest: Contest, family: str, to: str) -> float | None:
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
-def of_leanest(contest: Contest) -> float | None:
-    """Our peak memory in units of the leanest peer's."""
-    theirs = [contest.peak_mib(name) for name in contest.turns if peers.CONTENDERS[name].family in peers.PEERS]
+def of_leanest(contest: Contest, suffix: str) -> float | None:
+    """Our peak memory in units of the leanest peer's: on the whole step at once, or (MICRO) where both go through it in parts."""
+    names = [name for name in contest.turns if name.endswith(MICRO) == bool(suffix)]
+    theirs = [contest.peak_mib(name) for name in names if peers.CONTENDERS[name].family in peers.PEERS]
     leanest = min((peak for peak in theirs if peak is not None), default=None)
-    ours = contest.peak_mib(OURS)
+    ours = contest.peak_mib(OURS + suffix) if OURS + suffix in contest.turns else None
     return None if ours is None or leanest is None else ours / leanest
 
 
