@@ -45,6 +45,10 @@ def rows_of_kind(kind, n_rows, n_latents, d):
         x[::2], W[1::2] = 0, 0
     elif kind == "one-hot":
         x = torch.eye(d)[torch.arange(n_rows) % d]
+    elif kind == "tiny":
+        x, W = 1e-42 * x, 1e-33 * W
+    elif kind == "huge":
+        x, W = 1e17 * x, 1e17 * W
     elif kind == "all negative":
         x, W = x.abs(), -W.abs()
     return x, W
@@ -58,6 +62,8 @@ KINDS = [
     "near copies",
     "zeros",
     "one-hot",
+    "tiny",
+    "huge",
     "all negative",
 ]
 
@@ -184,6 +190,13 @@ def test_auto_takes_the_kernels_for_float32_on_a_cpu_and_the_definition_otherwis
     assert ops.choose("reference", torch.zeros(1)) is reference
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.choose("auto", torch.zeros(1)) is reference
+
+
+def test_tensors_of_two_kinds_are_left_to_torch():
+    """A kernel would read float64 as if it were float32."""
+    assert ops.choose("auto", torch.zeros(1), torch.zeros(1).double()) is reference
+    with pytest.raises(ConfigError, match="only float32 is done"):
+        ops.choose("cpu", torch.zeros(1), torch.zeros(1).double())
 
 
 def test_an_unfit_choice_is_refused_with_its_reason():

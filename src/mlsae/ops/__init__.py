@@ -33,7 +33,7 @@ def encode(
 
     Differentiable in all but the indices. Of entries that tie, any may be kept; an entry of value 0 is not active.
     """
-    kernels = choose(impl, resid)
+    kernels = choose(impl, resid, W_enc, bias)
     if resid.requires_grad:  # the frame's own derivatives are torch's
         return autograd.Encode.apply(kernels, (resid - shift) / divisor, None, None, bias, W_enc, k)
     return autograd.Encode.apply(kernels, resid, shift, divisor, bias, W_enc, k)
@@ -46,7 +46,7 @@ def decode(
     impl: Impl = "auto",
 ) -> Float[Tensor, "row d_model"]:
     """`sum_i values[:, i] * W_dec[indices[:, i]]`; differentiable in values and W_dec."""
-    return autograd.Decode.apply(choose(impl, values), values, indices, W_dec)
+    return autograd.Decode.apply(choose(impl, values, W_dec), values, indices, W_dec)
 
 
 def decode_error(
@@ -63,28 +63,29 @@ def decode_error(
 
     Differentiable in values, W_dec and bias.
     """
-    return autograd.DecodeError.apply(choose(impl, resid), values, indices, W_dec, bias, resid, shift, scale)
+    return autograd.DecodeError.apply(choose(impl, resid, values, W_dec), values, indices, W_dec, bias, resid, shift, scale)
 
 
-def choose(impl: Impl, like: Tensor) -> Any:
-    """The module of kernels that computes an op on tensors like this one. Raises ConfigError if `impl` cannot."""
+def choose(impl: Impl, *like: Tensor) -> Any:
+    """The module of kernels that computes an op on tensors like these. Raises ConfigError if `impl` cannot."""
     if impl == "auto":
-        impl = best_for(like)
-    elif reason := unfit(impl, like):
+        impl = best_for(*like)
+    elif reason := unfit(impl, *like):
         raise ConfigError("impl", f"'{impl}' cannot be used: {reason}; use auto or reference")
     _say_once(impl)
     return KERNELS[impl]
 
 
-def best_for(like: Tensor) -> Impl:
-    """What `auto` is for tensors like this one."""
-    fit: list[Impl] = [name for name in ("cpu", "triton", "reference") if unfit(name, like) is None]
+def best_for(*like: Tensor) -> Impl:
+    """What `auto` is for tensors like these."""
+    fit: list[Impl] = [name for name in ("cpu", "triton", "reference") if unfit(name, *like) is None]
     return fit[0]
 
 
-def unfit(impl: str, like: Tensor) -> str | None:
-    """Why an implementation cannot work on tensors like this one; None: it can."""
-    return None if impl == "reference" else KERNELS[impl].unfit(like)
+def unfit(impl: str, *like: Tensor) -> str | None:
+    """Why an implementation cannot work on tensors like these; None: it can."""
+    reasons = [] if impl == "reference" else [KERNELS[impl].unfit(tensor) for tensor in like]
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @cache

@@ -253,6 +253,7 @@ void top_rows(const float* pre_acts, int64_t n_rows, int64_t n, int64_t k, float
 constexpr int TILE = 64, TILE_ROWS = 6;  // latents and rows of the product that registers hold
 constexpr int ROWS = 96;                 // rows for which a tile of latents is read once
 constexpr int PLACES = 1024;             // latents in doubt that a row may have
+constexpr float HUGE_NORM = 1e18f;       // products of longer rows may overflow: they, and NaN, are left to float32
 
 static inline int64_t padded(int64_t d) { return blocks(d, 16) * 16; }
 
@@ -302,7 +303,8 @@ struct Quantised {
 static Quantised quantise(const float* v, int64_t size, int8_t* q) {
   float largest = 0;
   for (int64_t c = 0; c < size; c++) largest = std::max(largest, std::fabs(v[c]));
-  const float scale = largest > 0 ? largest / 127 : 1, inverse = 1 / scale;
+  const bool whole_row_lost = largest < 1e-30f;  // its scale would be no normal number
+  const float scale = whole_row_lost ? 1 : largest / 127, inverse = whole_row_lost ? 0 : 1 / scale;
   vec norm = {}, lost = {};
   for (int64_t c = 0; c < size; c += 16) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v + c), _mm512_set1_ps(inverse)));
@@ -427,7 +429,7 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
       offset[r] = -128 * total;  // the latents are stored with 128 added
       row_scale[r] = of.scale, by_norm[r] = of.lost + rounding * of.norm, by_lost[r] = of.norm + of.lost;
       const int64_t at = r * (PLACES + TILE);
-      const bool finite = std::isfinite(of.norm);
+      const bool finite = of.norm < HUGE_NORM;
       doubts[r] = {finite ? -std::numeric_limits<float>::max() : std::numeric_limits<float>::infinity(), 0,
                    (int)std::min<int64_t>(PLACES, 8 * k), &upper[at], &lower[at], &ids[at]};
       redo[first + r] = !finite;

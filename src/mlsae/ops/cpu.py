@@ -21,6 +21,8 @@ import mlsae.ops.reference as reference
 
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction sets, from the one every machine has upward."""
+HUGE_NORM = 1e18
+"""Rows as long as this are not screened: their products may overflow."""
 MIN_SCREENED = 256
 """Rows, and latents, from which int8 screening pays for the packing of the latents."""
 
@@ -201,7 +203,7 @@ def _screen(
     packed = torch.empty(padded_n * padded_d, dtype=torch.uint8)
     scale, norm, lost = torch.empty(3, padded_n)
     _run("pack", W_enc, n, d, packed, scale, norm, lost)
-    if norm[:n].isfinite().all():
+    if (norm[:n] < HUGE_NORM).all():
         k = values.shape[1]
         _run("screen", x, len(x), d, packed, scale, norm, lost, W_enc, n, k, values, indices, redo, rescored)
 
