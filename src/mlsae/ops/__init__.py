@@ -63,7 +63,9 @@ def decode_error(
 
     Differentiable in values, W_dec and bias.
     """
-    return autograd.DecodeError.apply(choose(impl, resid, values, W_dec), values, indices, W_dec, bias, resid, shift, scale)
+    return autograd.DecodeError.apply(
+        choose(impl, resid, values, W_dec), values, indices, W_dec, bias, resid, shift, scale
+    )
 
 
 def choose(impl: Impl, *like: Tensor) -> Any:

@@ -245,14 +245,17 @@ void top_rows(const float* pre_acts, int64_t n_rows, int64_t n, int64_t k, float
 // ---- encode, screened in int8 --------------------------------------------------------------------------------------------
 //
 // x . w of two rows quantised to q(x), q(w) is off by at most |x - q(x)| |w| + |q(x)| |w - q(w)| (Cauchy-Schwarz), and by the
-// rounding of float32. So each int8 product gives an upper and a lower bound of a pre-activation. A latent whose upper bound is
-// below the k-th largest lower bound is not among the k largest; the others are few, and their products are taken in float32.
+// rounding of float32. So each int8 product gives an upper bound of a pre-activation. Latents whose upper bound is below a bar are
+// dropped; the rest are few, and their products are taken in float32. The bar is a guess: the k-th largest int8 product, less a
+// little, for true errors are a small part of their bound. In the end k exact products must reach it, which proves that nothing
+// dropped belongs to the k largest; a row where they do not is multiplied again in float32.
 // Both rows are first turned by one rotation, which changes no product and spreads an outlying dimension over many.
 
 #if defined(__AVX512VNNI__)
 constexpr int TILE = 64, TILE_ROWS = 6;  // latents and rows of the product that registers hold
 constexpr int ROWS = 96;                 // rows for which a tile of latents is read once
 constexpr int PLACES = 1024;             // latents in doubt that a row may have
+constexpr float MARGIN = 0.125f;         // of a product's bound of error: how far below it the bar is guessed
 constexpr float HUGE_NORM = 1e18f;       // products of longer rows may overflow: they, and NaN, are left to float32
 
 static inline int64_t padded(int64_t d) { return blocks(d, 16) * 16; }
@@ -344,13 +347,13 @@ void pack(const float* W, int64_t n, int64_t d, uint8_t* packed, float* scale, f
 
 // What is known of one row while the tiles go by.
 struct Doubts {
-  float bar;        // no latent whose upper bound is below it belongs to the k largest
+  float bar;        // latents whose upper bound is below it are dropped
   int m, prune_at;  // latents in doubt; how many make it worth raising the bar
-  float *upper, *lower;
+  float *upper, *likely;  // bound, and what the product is at least, unless rounding was unkind
   int32_t* ids;
 
   void raise_bar(int k, int32_t* keys) {
-    for (int i = 0; i < m; i++) keys[i] = key_of(lower[i]);
+    for (int i = 0; i < m; i++) keys[i] = key_of(likely[i]);
     bar = std::max(bar, value_of(threshold(keys, m, k, k / 4)));
     int o = 0;
     const __m512 level = _mm512_set1_ps(bar);
@@ -358,10 +361,10 @@ struct Doubts {
       const __mmask16 here = m - i < 16 ? (1 << (m - i)) - 1 : 0xffff;
       const __m512 u = _mm512_loadu_ps(upper + i);
       const __mmask16 keep = _mm512_mask_cmp_ps_mask(here, u, level, _CMP_GE_OQ);
-      const __m512 l = _mm512_loadu_ps(lower + i);
+      const __m512 l = _mm512_loadu_ps(likely + i);
       const __m512i id = _mm512_loadu_si512(ids + i);
       _mm512_storeu_ps(upper + o, _mm512_maskz_compress_ps(keep, u));
-      _mm512_storeu_ps(lower + o, _mm512_maskz_compress_ps(keep, l));
+      _mm512_storeu_ps(likely + o, _mm512_maskz_compress_ps(keep, l));
       _mm512_storeu_si512(ids + o, _mm512_maskz_compress_epi32(keep, id));
       o += __builtin_popcount(keep);
     }
@@ -416,7 +419,7 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
   std::vector<float> v(size), row_scale(ROWS), by_norm(ROWS), by_lost(ROWS), scores(PLACES + TILE);
   std::vector<int8_t> q(ROWS * size);
   std::vector<int32_t> offset(ROWS + TILE_ROWS), keys(PLACES + TILE), ids(ROWS * (PLACES + TILE)), products(TILE_ROWS * TILE), chosen(PLACES + TILE);
-  std::vector<float> upper(ROWS * (PLACES + TILE)), lower(ROWS * (PLACES + TILE));
+  std::vector<float> upper(ROWS * (PLACES + TILE)), likely(ROWS * (PLACES + TILE));
   std::vector<Doubts> doubts(ROWS);
   for (int64_t block; take(next, blocks(n_rows, ROWS), block);) {
     const int64_t first = block * ROWS;
@@ -431,7 +434,7 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
       const int64_t at = r * (PLACES + TILE);
       const bool finite = of.norm < HUGE_NORM;
       doubts[r] = {finite ? -std::numeric_limits<float>::max() : std::numeric_limits<float>::infinity(), 0,
-                   (int)std::min<int64_t>(PLACES, 8 * k), &upper[at], &lower[at], &ids[at]};
+                   (int)std::min<int64_t>(PLACES, 8 * k), &upper[at], &likely[at], &ids[at]};
       redo[first + r] = !finite;
     }
     for (int64_t tile = 0; tile < blocks(n, TILE); tile++) {
@@ -454,7 +457,8 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
             const __m512i id = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                                 _mm512_set1_epi32((int32_t)j));
             _mm512_storeu_ps(row.upper + row.m, _mm512_maskz_compress_ps(keep, most));
-            _mm512_storeu_ps(row.lower + row.m, _mm512_maskz_compress_ps(keep, _mm512_sub_ps(product, doubt)));
+            const __m512 likely = _mm512_fnmadd_ps(_mm512_set1_ps(MARGIN), doubt, product);
+            _mm512_storeu_ps(row.likely + row.m, _mm512_maskz_compress_ps(keep, likely));
             _mm512_storeu_si512(row.ids + row.m, _mm512_maskz_compress_epi32(keep, id));
             row.m += __builtin_popcount(keep);
           }
@@ -472,20 +476,24 @@ void screen(const float* x, int64_t n_rows, int64_t d, const uint8_t* packed, co
       Doubts& row = doubts[r];
       const float* one = x + (first + r) * d;
       row.raise_bar((int)k, keys.data());
-      // Products of about k latents first: the smallest of k exact ones is a higher bar than any lower bound.
+      // Products of about k latents first: the smallest of k exact ones is a bar that is no guess, and mostly a higher one.
       std::fill(scores.begin(), scores.begin() + row.m, -std::numeric_limits<float>::infinity());
       int some = 0;
       for (int i = 0; i < row.m; i++) {
         chosen[some] = i;
-        some += row.lower[i] >= row.bar;
+        some += row.likely[i] >= row.bar;
       }
       rescore(one, W, d, row.ids, chosen.data(), some, scores.data());
       for (int i = 0; i < some; i++) keys[i] = key_of(scores[chosen[i]]);
       const float bar = value_of(threshold(keys.data(), some, (int)k, 0));
+      if (bar < row.bar) {
+        redo[first + r] = 1;
+        continue;
+      }
       int more = 0;
       for (int i = 0; i < row.m; i++) {
         chosen[more] = i;
-        more += row.lower[i] < row.bar && row.upper[i] >= bar;
+        more += row.likely[i] < row.bar && row.upper[i] >= bar;
       }
       rescore(one, W, d, row.ids, chosen.data(), more, scores.data());
       rescored[first + r] = some + more;

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-CHUNK_ENTRIES = 1 << 22
-"""Pre-activations, or entries of a dense code, held at a time (16 MiB in float32)."""
+CHUNK_ENTRIES = 1 << 23
+"""Pre-activations, or entries of a dense code, held at a time (32 MiB in float32)."""
 DENSE_SHARE = 8
 """A code with more than one latent in this many active is multiplied as a dense one."""
 
@@ -36,8 +36,15 @@ def top_k(
     """`encode` for rows that already are in the SAE's frame."""
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    for rows in chunks(len(x), len(W_enc)):
-        top = (x[rows] @ W_enc.T).topk(k, dim=-1, sorted=False)
+    if torch.is_autocast_enabled(x.device.type):  # which knows nothing of products into memory that is there
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, W_enc = x.to(dtype), W_enc.to(dtype)
+    parts = chunks(len(x), len(W_enc))
+    pre_acts = x.new_empty(len(x[parts[0]]) if parts else 0, len(W_enc))
+    for rows in parts:
+        here = pre_acts[: len(x[rows])]
+        torch.mm(x[rows], W_enc.T, out=here)
+        top = here.topk(k, dim=-1, sorted=False)
         values[rows], indices[rows] = top.values.relu(), top.indices
     return values, indices
 
