@@ -210,7 +210,7 @@ def test_nan_is_not_hidden_by_the_limit_on_norms(limit):
 def test_masked_vectors_are_left_out_of_training_or_zeroed():
     visible = torch.tensor([[True, False, True], [False, False, True]])
     resid = make_resid(batch=(2, 3))
-    none_over = torch.zeros(4, dtype=torch.int64)
+    none_over = torch.zeros(4, 2, 3, dtype=torch.bool)
     reading = Reading(torch.zeros(2, 3, dtype=torch.int64), resid, visible, resid[:, visible], none_over)
     dropped = torch.stack([resid[:, 0, 0], resid[:, 0, 2], resid[:, 1, 2]], dim=1)
     assert torch.equal(reading.to_train(make_sae(special_tokens="drop")), dropped)
