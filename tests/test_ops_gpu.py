@@ -311,15 +311,15 @@ def train(impl, n_steps):
     trained = []
     for step in range(n_steps):
         trainer.quiet = torch.arange(40, device=DEVICE).ge(20 if step % 2 else 40) * 10**6
-        trained.append(trainer.step(randn(2, 6, 5, seed=step).exp() @ randn(5, 8, seed=99)).loss)
+        trained.append(trainer.step(randn(2, 6, 5, seed=step).abs() @ randn(5, 8, seed=99)).loss)
     return trained
 
 
 @pytest.mark.parametrize("n_steps", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_training_run_has_the_losses_of_the_reference(n_steps):
-    want = train("reference", n_steps)
-    assert sum(want[-5:]) < sum(want[:5])
-    assert train("triton", n_steps) == pytest.approx(want, rel=0, abs=1e-5)
+    whole = train("reference", 200)
+    assert sum(whole[-50:]) < 0.9 * sum(whole[:50])
+    assert train("triton", n_steps) == pytest.approx(whole[:n_steps], rel=0, abs=1e-5)
 
 
 def test_a_tensor_the_kernels_cannot_take_is_refused_with_the_reason(monkeypatch):
