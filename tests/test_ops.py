@@ -270,3 +270,19 @@ def test_a_latent_out_of_range_is_refused(impl):
         indices[2, 1] = wrong
         with pytest.raises((IndexError, RuntimeError)):
             ops.decode(values, indices, W_dec, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+def test_inputs_may_lie_in_memory_as_they_like(impl):
+    """Transposed, strided, and expanded from one number, as the gradient of a sum is: no kernel reads what is not there."""
+    values, indices, W_dec, rows = decode_case(40, 300, 24, 6)
+    values, W = values.T.contiguous().T.requires_grad_(), W_dec.T.contiguous().T.requires_grad_()
+    ops.decode(values, indices.T.contiguous().T, W, impl).sum().backward()
+    assert values.grad is not None
+    torch.testing.assert_close(values.grad, W_dec.sum(1)[indices], rtol=1e-5, atol=1e-5)
+    assert W.grad is not None
+    torch.testing.assert_close(W.grad, dense(values, indices, 300).sum(0)[:, None].expand_as(W).detach())
+    wide = torch.stack([rows, rows], 2)[..., 0]
+    scale = torch.full((1, 1, 1), 2.0).expand(1, 40, 1)
+    error, _ = ops.decode_error(values[None], indices[None], W, None, wide[None], None, scale, impl)
+    torch.testing.assert_close(error[0], rows - 2 * (dense(values, indices, 300) @ W_dec))

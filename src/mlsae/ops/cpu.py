@@ -150,7 +150,7 @@ def decode_error(
     _check(indices, len(W_dec))
     error, squared = torch.empty(resid.shape), torch.empty(resid.shape[:2], dtype=torch.float64)
     dots = torch.empty(values.shape) if want_dots else None
-    shifts = (None, 0, 0, 0) if shift is None else (shift, *_strides(shift))
+    shifts = (None, 0, 0, 0) if shift is None else _broadcast(shift)
     sizes = (*values.shape, resid.shape[-1])
     _run(
         "decode_error",
@@ -160,8 +160,7 @@ def decode_error(
         bias,
         resid,
         *shifts,
-        scale,
-        *_strides(scale)[:2],
+        *_broadcast(scale)[:3],
         *sizes,
         error,
         squared,
@@ -223,7 +222,7 @@ def _frame(resid: Tensor, shift: Tensor | None, divisor: Tensor | None, bias: Te
     if shift is None or divisor is None:
         return resid - bias
     x = torch.empty(resid.shape)
-    _run("frame", resid, shift, *_strides(shift), divisor, *_strides(divisor)[:2], bias, *resid.shape, x)
+    _run("frame", resid, *_broadcast(shift), *_broadcast(divisor)[:3], bias, *resid.shape, x)
     return x
 
 
@@ -252,6 +251,7 @@ def adam_(
     eps: float,
 ) -> None:
     """One step of Adam down `(gradient - along * weight) * factor`; rows end with unit norm if `unit`. Changes `moments` too."""
+    assert weight.is_contiguous(), "a copy would be changed in its place"
     moments["step"] += 1
     corrections = [1 - beta ** float(moments["step"]) for beta in betas]
     rates = (factor, lr / corrections[0], *betas, corrections[1] ** 0.5, eps)
@@ -269,7 +269,7 @@ def _library() -> Any:
 def _run(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a function of the library from as many threads as torch uses; they share the blocks of work by a counter."""
     function, following = getattr(_library(), name), ctypes.c_int64(0)
-    contiguous = [a.contiguous() if isinstance(a, Tensor) and not _is_broadcast(a) else a for a in arguments]
+    contiguous = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
     passed = [*map(_argument, contiguous), ctypes.byref(following)]
     helpers = [_threads(os.getpid()).submit(function, *passed) for _ in range(torch.get_num_threads() - 1)]
     function(*passed)
@@ -288,13 +288,10 @@ def _argument(value: Tensor | int | float | None) -> Any:
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_double(value)
 
 
-def _strides(tensor: Tensor) -> list[int]:
-    """Steps along (layer, token, feature), 0 where the tensor is the same all along an axis."""
-    return [0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
-
-
-def _is_broadcast(tensor: Tensor) -> bool:
-    return 0 in tensor.stride()
+def _broadcast(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor and its steps along (layer, token, feature), 0 where it is the same all along an axis."""
+    tensor = tensor.contiguous()
+    return tensor, *(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _check(indices: Tensor, n_latents: int) -> None:
