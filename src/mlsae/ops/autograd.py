@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import mlsae.ops.reference as reference
+
 Grads = tuple[Tensor | None, ...]
+
+
+def suited(kernels: Any, indices: Tensor, W: Tensor) -> Any:
+    """The kernels, or, for a code with so many latents active that dense products are best, torch."""
+    return reference if reference.is_dense(indices, len(W)) else kernels
 
 
 class Encode(torch.autograd.Function):
@@ -21,7 +28,7 @@ class Encode(torch.autograd.Function):
         ctx: Any, kernels: Any, resid: Tensor, shift: Any, divisor: Any, bias: Tensor, W_enc: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         values, indices, x = kernels.encode(resid, shift, divisor, bias, W_enc, k)
-        ctx.kernels = kernels
+        ctx.kernels = suited(kernels, indices, W_enc)
         ctx.save_for_backward(x, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -47,9 +54,9 @@ class Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-        ctx.kernels = kernels
+        ctx.kernels = suited(kernels, indices, W)
         ctx.save_for_backward(values, indices, W)
-        return kernels.decode(values, indices, W)
+        return ctx.kernels.decode(values, indices, W)
 
     @staticmethod
     @once_differentiable
@@ -79,9 +86,10 @@ class DecodeError(torch.autograd.Function):
         shift: Tensor | None,
         scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        want_dots = ctx.needs_input_grad[1]
-        error, squared, dots = kernels.decode_error(values, indices, W_dec, bias, resid, shift, scale, want_dots)
-        ctx.kernels, ctx.dots = kernels, dots
+        ctx.kernels, want_dots = suited(kernels, indices, W_dec), ctx.needs_input_grad[1]
+        error, squared, ctx.dots = ctx.kernels.decode_error(
+            values, indices, W_dec, bias, resid, shift, scale, want_dots
+        )
         ctx.save_for_backward(values, indices, W_dec, scale, error)
         ctx.set_materialize_grads(False)
         return error, squared

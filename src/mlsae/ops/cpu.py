@@ -95,8 +95,6 @@ def decode(
     values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"]
 ) -> Float[Tensor, "row d_model"]:
     """`sum_i values[:, i] * W[indices[:, i]]`."""
-    if reference.is_dense(indices, len(W)):
-        return reference.decode(values, indices, W)
     _check(indices, len(W))
     out = torch.empty(len(values), W.shape[1])
     _run("decode", values, indices, W, *indices.shape, W.shape[1], out)
@@ -107,8 +105,6 @@ def dots(
     indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"], rows: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row k"]:
     """`<W[indices[t, i]], rows[t]>`."""
-    if reference.is_dense(indices, len(W)):
-        return reference.dots(indices, W, rows)
     _check(indices, len(W))
     out = torch.empty(indices.shape)
     _run("dots", indices, W, rows, *indices.shape, W.shape[1], out)
@@ -119,8 +115,6 @@ def latent_gradient(
     weights: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], rows: Float[Tensor, "row d_model"], n_latents: int
 ) -> tuple[Float[Tensor, "n_latents d_model"], Float[Tensor, " n_latents"]]:
     """For each latent, the weighted sum of the rows it is active in, and the sum of weights."""
-    if reference.is_dense(indices, n_latents):
-        return reference.latent_gradient(weights, indices, rows, n_latents)
     starts = torch.empty(n_latents + 1, dtype=torch.int64)
     order = torch.empty(indices.numel(), dtype=torch.int32)
     weights = weights.contiguous()
@@ -145,8 +139,6 @@ def decode_error(
     want_dots: bool,
 ) -> tuple[Float[Tensor, "layer token d_model"], Float[Tensor, " layer"], Float[Tensor, "layer token k"] | None]:
     """`error = resid - (decode(values, indices, W_dec) + bias) * scale - shift`, its squared sum by layer, and `dots` with it."""
-    if reference.is_dense(indices, len(W_dec)):
-        return reference.decode_error(values, indices, W_dec, bias, resid, shift, scale, want_dots)
     _check(indices, len(W_dec))
     error, squared = torch.empty(resid.shape), torch.empty(resid.shape[:2], dtype=torch.float64)
     dots = torch.empty(values.shape) if want_dots else None

@@ -1,7 +1,4 @@
-"""The ops on a GPU, in Triton: what is allocated, and how many programs of which size run the kernels of `gpu_kernels`.
-
-Where k is large beside n_latents, and where `reference` therefore multiplies dense chunks, so does this: cuBLAS is best at it.
-"""
+"""The ops on a GPU, in Triton: what is allocated, and how many programs of which size run the kernels of `gpu_kernels`."""
 
 import os
 from functools import cache
@@ -96,8 +93,6 @@ def decode(
     values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"]
 ) -> Float[Tensor, "row d_model"]:
     """`sum_i values[:, i] * W[indices[:, i]]`."""
-    if reference.is_dense(indices, len(W)):
-        return reference.decode(values, indices, W)
     (n_rows, k), d_model = values.shape, W.shape[1]
     out = _empty(values, values.dtype, n_rows, d_model)
     tensors = values.contiguous(), indices.contiguous(), W.contiguous(), out
@@ -109,8 +104,6 @@ def dots(
     indices: Int[Tensor, "row k"], W: Float[Tensor, "n_latents d_model"], rows: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row k"]:
     """`<W[indices[t, i]], rows[t]>`: the gradient of `decode` in its values."""
-    if reference.is_dense(indices, len(W)):
-        return reference.dots(indices, W, rows)
     (n_rows, k), d_model = indices.shape, W.shape[1]
     out = _empty(rows, rows.dtype, n_rows, k)
     tensors = indices.contiguous(), W.contiguous(), rows.contiguous(), out
@@ -122,8 +115,6 @@ def latent_gradient(
     weights: Float[Tensor, "row k"], indices: Int[Tensor, "row k"], rows: Float[Tensor, "row d_model"], n_latents: int
 ) -> tuple[Float[Tensor, "n_latents d_model"], Float[Tensor, " n_latents"]]:
     """For each latent, the weighted sum of the rows it is active in, which is a weight matrix's gradient, and of the weights."""
-    if reference.is_dense(indices, n_latents):
-        return reference.latent_gradient(weights, indices, rows, n_latents)
     k, d_model = indices.shape[1], rows.shape[1]
     latents, order = torch.sort(indices.flatten().int(), stable=True)  # half the bits, half the time
     starts = torch.searchsorted(latents, torch.arange(n_latents + 1, dtype=torch.int32, device=latents.device))
@@ -151,8 +142,6 @@ def decode_error(
 ) -> tuple[Float[Tensor, "layer token d_model"], Float[Tensor, " layer"], Float[Tensor, "layer token k"] | None]:
     """`error = resid - (decode(values, indices, W_dec) + bias) * scale - shift`, its squared sum by layer, and, if they are
     wanted, `dots(indices, W_dec, error)`."""
-    if reference.is_dense(indices.flatten(0, 1), len(W_dec)):
-        return reference.decode_error(values, indices, W_dec, bias, resid, shift, scale, want_dots)
     (n_layers, n_tokens, k), d_model = values.shape, W_dec.shape[1]
     error = _empty(values, values.dtype, *resid.shape)
     squared = _empty(values, torch.float32, n_layers, n_tokens)
