@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from mlsae import files  # noqa: E402
 from mlsae.lm import LanguageModel  # noqa: E402
 from tiny import save_tiny_lm  # noqa: E402
 
@@ -35,6 +36,12 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - for libraries that use it
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is tried again at once."""
+    monkeypatch.setattr(files, "PAUSES", (0, 0, 0))
 
 
 @pytest.fixture(autouse=True)

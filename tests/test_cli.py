@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import shutil
 import subprocess
 import sys
@@ -278,9 +279,20 @@ def test_a_bug_asks_for_a_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert re.search(r"error: a bug in mlsae \(ZeroDivisionError\).*report", shown.splitlines()[-1])
 
 
-def test_an_interrupt_is_130_and_a_closed_pipe_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setitem(COMMANDS, "demo", (cli.Demo, failing_with(KeyboardInterrupt())))
-    assert main(["demo"]) == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_at_once_in_words(monkeypatch: pytest.MonkeyPatch, capsys, number: int):
+    def work(command: object) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(number)
+    monkeypatch.setitem(COMMANDS, "evaluate", (cli.Evaluate, work))
+    assert main(["evaluate", "sae"]) == 75
+    assert capsys.readouterr().err == "error: evaluate: stopped; nothing was written; run the same command again\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_closed_pipe_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setitem(COMMANDS, "demo", (cli.Demo, failing_with(BrokenPipeError())))
     assert main(["demo"]) == 0
     assert "Traceback" not in capsys.readouterr().err

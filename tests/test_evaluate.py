@@ -402,7 +402,7 @@ def test_validation_at_every_step_changes_no_bit_of_the_weights(tmp_path, traine
     assert watched.keys() == plain.keys()
     assert all(torch.equal(watched[name], plain[name]) for name in plain)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(line["validation_fvu"]) for line in lines)
+    assert all(math.isfinite(line["validation_fvu"]) for line in lines[1::2])
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------

@@ -34,10 +34,11 @@ class Recorder:
 
 def report_steps(path, n, every=1, logger=None, **changes):
     lines = JsonLines(path)
-    reporter = Reporter(lines, logger, done=0, total=10 * n, every=every, progress=False)
+    reporter = Reporter(lines, logger, done=0, total=10 * n, progress=False)
     try:
         for step in range(1, n + 1):
-            reporter.report(step_report(step, **changes), 10, {"masked_by_norm": [0, step]}, last=step == n)
+            extra = {"masked_by_norm": [0, step]} if step % every == 0 or step == n else None
+            reporter.report(step_report(step, **changes), 10, extra)
         reporter.close()
     finally:
         lines.close()
@@ -45,7 +46,7 @@ def report_steps(path, n, every=1, logger=None, **changes):
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (7, [7]), (100, [7])])
-def test_every_nth_step_and_the_last_are_written(tmp_path, every, steps):
+def test_steps_with_more_to_say_are_written(tmp_path, every, steps):
     lines = report_steps(tmp_path / "m", 7, every)
     assert [line["step"] for line in lines] == steps
     assert lines[-1]["masked_by_norm"] == [0, 7]
@@ -140,3 +141,15 @@ def test_a_logger_that_fails_later_does_not_end_the_run(tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **o: types.SimpleNamespace(**calls)))
     lines = report_steps(tmp_path / "m", 3, logger=open_logger("wandb", tmp_path, {}))
     assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_what_looks_ill_is_said_once(tmp_path, caplog):
+    """More than 30 % dead latents, or a vector of more than 100 times the median norm."""
+    with JsonLines(tmp_path / "m") as lines, Reporter(lines, None, done=0, total=60, progress=False) as reporter:
+        for step, (dead, ratio) in enumerate([(0.3, 100.0), (0.31, 3.0), (0.5, 240.0), (0.6, 300.0)], 1):
+            healthy = step_report(step)
+            reporter.report(type(healthy)(**{**vars(healthy), "dead_fraction": dead}), 10, {"norm_ratio": ratio})
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "step 2: 31% of the latents are dead latents",
+        "step 3: a vector has 240 times the median norm of its layer",
+    ]

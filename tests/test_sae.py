@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, MlsaeError, ModelError
+from mlsae.files import tensors_metadata
 from mlsae.reading import Reading
 from mlsae.sae import CONFIG_FILE, MLSAE, WEIGHTS_FILE
 
@@ -267,9 +268,9 @@ def change_config(folder, change):
 
 
 def change_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors, metadata = load_file(folder / WEIGHTS_FILE), tensors_metadata(folder / WEIGHTS_FILE)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata)
 
 
 @pytest.mark.parametrize("frame", FRAMES)

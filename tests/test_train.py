@@ -151,9 +151,10 @@ def test_validation_and_checkpoints_change_nothing(run):
     plain = run()
     watched = run(validate_every_steps=1, save_every_steps=1)
     assert equal(weights(plain), weights(watched))
-    kept = [{k: v for k, v in line.items() if k != "validation_fvu"} for line in metrics(watched)]
-    assert kept == metrics(plain)
-    assert all(0 < line["validation_fvu"] < 2 for line in metrics(watched))
+    steps, validations = metrics(watched)[::2], metrics(watched)[1::2]
+    assert steps == metrics(plain)
+    assert [(line["step"], line["tokens"]) for line in validations] == [(s["step"], s["tokens"]) for s in steps]
+    assert all(0 < line["validation_fvu"] < 2 for line in validations)
 
 
 def test_every_validation_is_written_down(run):
@@ -173,7 +174,7 @@ def test_validation_reads_each_sequence_once_whatever_the_batch(run, lm, places,
     run(tokens=64)
     still = {"tokens": 64, "lr": 1e-12, "validate_every_steps": 1, "init_tokens": visible_in(lm, blocks_of(places), 16)}
     values = [
-        metrics(run(**still, batch_size=b, accumulation_steps=4 // b, validation_sequences=n_sequences))[0][
+        metrics(run(**still, batch_size=b, accumulation_steps=4 // b, validation_sequences=n_sequences))[1][
             "validation_fvu"
         ]
         for b in (1, 4)
@@ -323,11 +324,11 @@ def test_lawson2024_runs_end_to_end(run):
         validate_every_steps=10,
         validation_sequences=4,
     )
-    lines = metrics(done)
+    lines = [line for line in metrics(done) if "fvu" in line]
     assert done.steps == len(lines) == 40
     assert done.sae.config.frame == "vector"
     assert lines[-1]["tokens"] == 80 * CONTEXT  # masked vectors are kept, as zeros
-    assert [line["step"] for line in lines if "validation_fvu" in line] == [10, 20, 30, 40]
+    assert [line["step"] for line in metrics(done) if "validation_fvu" in line] == [10, 20, 30, 40]
     assert sum(line["fvu"] for line in lines[-8:]) < sum(line["fvu"] for line in lines[:8])
 
 
@@ -460,20 +461,44 @@ def iterate_frames(traceback):
 
 
 def test_stopped_before_the_first_step_leaves_no_directory(run, tmp_path, monkeypatch):
-    real = LanguageModel.resid
-
     def resid(self, tokens, layers=None):
-        if len(calls) == 0:
-            signal.raise_signal(signal.SIGTERM)
-        calls.append(1)
-        return real(self, tokens, layers)
+        signal.raise_signal(signal.SIGINT)
 
-    calls = []
     monkeypatch.setattr(LanguageModel, "resid", resid)
-    with pytest.raises(Interrupted, match="before the first step; nothing was written") as caught:
+    with pytest.raises(KeyboardInterrupt):
         run()
-    assert caught.value.exit_code == 75
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("recipe", [{}, {"recipe": "lawson2024", "batch_size": 1, "dead_after_tokens": 64}])
+def test_stopped_in_a_validation_it_saves_and_validates_once_resumed(run, tmp_path, monkeypatch, recipe, at):
+    """A validation can take long, so it is given up, with what it did to the clock, and done again from its start."""
+    knobs = {**recipe, "validate_every_steps": 3, "validation_sequences": 6, "save_every_steps": 3}
+    real, batches = module.validate, itertools.count()
+    with monkeypatch.context() as patch:
+
+        def validate(loop, blocks):
+            real_read = blocks.read
+
+            def read(*arguments, **options):
+                if next(batches) == at:
+                    signal.raise_signal(signal.SIGTERM)
+                return real_read(*arguments, **options)
+
+            if loop.trainer.steps == 6:
+                patch.setattr(blocks, "read", read)
+            return real(loop, blocks)
+
+        patch.setattr(module, "validate", validate)
+        with pytest.raises(Interrupted, match="stopped after step 6 of"):
+            run(**knobs, out=tmp_path / "stopped")
+    resumed, plain = run(**knobs, out=tmp_path / "stopped", resume=True), run(**knobs)
+    last = sorted(path.name for path in Path(plain.directory).glob("step-*"))[-1]
+    for name in ("sae.safetensors", "state.safetensors"):
+        same = [Path(r.directory) / last / name for r in (resumed, plain)]
+        assert same[0].read_bytes() == same[1].read_bytes()
+    assert metrics(resumed) == metrics(plain)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

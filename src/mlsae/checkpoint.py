@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mlsae import files
-from mlsae.errors import ConfigError, NumericsError, ResourceError
+from mlsae.errors import ConfigError, ModelError, NumericsError, ResourceError
+from mlsae.sae import nonfinite
 
 FORMAT_VERSION = 1
 PARTS = ("sae.safetensors", "state.safetensors", "state.json")
@@ -40,6 +41,10 @@ class Checkpoint:
     """Everything else that is a tensor: moments, variances, counters, random-number state."""
     info: dict[str, Any]
     """Everything else that is not: data position, length of metrics.jsonl."""
+
+
+class _NewerFormat(ResourceError):
+    """A checkpoint that a later version wrote: whole, and nothing to pass over."""
 
 
 class RunDirectory:
@@ -101,19 +106,21 @@ class RunDirectory:
 
         Raises NumericsError if a tensor is not finite and ResourceError if the disk refuses; the older ones then stand.
         """
-        for name, tensor in {**checkpoint.sae, **checkpoint.state}.items():
-            finite = tensor > 0 if name == "norm_limit" else tensor.isfinite()  # a limit may be infinite: off
-            if not finite.all():
-                raise NumericsError(name, f"not finite at step {checkpoint.step}; the last checkpoint stands")
+        if (name := nonfinite({**checkpoint.sae, **checkpoint.state})) is not None:
+            raise NumericsError(name, f"not finite at step {checkpoint.step}; the last checkpoint stands")
+        files.on_full_disk(lambda: self._write(checkpoint, keep))
+
+    def _write(self, checkpoint: Checkpoint, keep: int) -> None:
         target = self.path / f"step-{checkpoint.step:08d}"
-        with files.disk_errors(target):
-            if not _verifies(target):
+        needed = sum(tensor.nbytes for tensor in (*checkpoint.sae.values(), *checkpoint.state.values()))
+        with files.disk_errors(target, needed):
+            if not self._verifies(target):
                 with files.staged_directory(target) as staged:
                     files.save_tensors(staged / "sae.safetensors", checkpoint.sae)
                     files.save_tensors(staged / "state.safetensors", checkpoint.state)
                     files.write_text(staged / "state.json", files.canonical_json(checkpoint.info))
                     files.write_text(staged / "manifest.json", _manifest(staged, checkpoint, self.config))
-            _check_manifest(target, sizes_only=True)
+            self._check(target, sizes_only=True)
             log.info("checkpoint step %d verified", checkpoint.step)
             for old in self.steps()[:-keep]:
                 files.remove(old)
@@ -126,8 +133,11 @@ class RunDirectory:
         reasons = []
         for directory in reversed(self.steps()):
             try:
-                manifest = _check_manifest(directory)
-            except (ConfigError, ResourceError) as error:
+                manifest = self._check(directory)
+                checkpoint = _read(directory, manifest)
+            except _NewerFormat:
+                raise
+            except (ConfigError, ModelError, ResourceError) as error:
                 reasons.append(f"{directory.name} {error.problem}")
                 continue
             except OSError as error:
@@ -137,13 +147,43 @@ class RunDirectory:
                 log.warning("%s; using %s", reason, directory.name)
             self._set_aside([d for d in self.steps() if d.name > directory.name])
             self._warn_of_changes(manifest)
-            return Checkpoint(
-                step=manifest["step"],
-                sae=files.load_tensors(directory / "sae.safetensors"),
-                state=files.load_tensors(directory / "state.safetensors"),
-                info=files.read_json(directory / "state.json"),
-            )
+            return checkpoint
         raise ResourceError(str(self.path), f"no checkpoint can be used: {'; '.join(reasons) or 'there is none'}")
+
+    def _verifies(self, directory: Path) -> bool:
+        """Whether a checkpoint of this step stands already, as it does when the run stops right after saving it."""
+        try:
+            return bool(directory.exists() and self._check(directory))
+        except (ConfigError, ResourceError):
+            return False
+
+    def _check(self, directory: Path, *, sizes_only: bool = False) -> dict[str, Any]:
+        """The manifest, once it and every file it names are as they were written, by a run of this config."""
+        path = directory / "manifest.json"
+        manifest = files.read_json(path)
+        fields = (
+            {key: value for key, value in manifest.items() if key != "sha256"} if isinstance(manifest, dict) else {}
+        )
+        if (
+            path.read_text() != files.canonical_json(manifest)
+            or fields == manifest
+            or manifest["sha256"] != _digest(fields)
+        ):
+            raise ResourceError(str(path), "failed its checksum (manifest.json)")
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise _NewerFormat(
+                str(path),
+                f"format {manifest['format_version']}; this version reads up to {FORMAT_VERSION}; upgrade mlsae",
+            )
+        if manifest["config_sha256"] != _config_digest(self.config):
+            raise ResourceError(str(path), "is of a run with another config")
+        for name in PARTS:
+            part, expected = directory / name, manifest["files"][name]
+            if not part.is_file() or part.stat().st_size != expected["bytes"]:
+                raise ResourceError(str(part), f"failed its size check ({name})")
+            if not sizes_only and files.sha256(part) != expected["sha256"]:
+                raise ResourceError(str(part), f"failed its checksum ({name})")
+        return manifest
 
     def _set_aside(self, damaged: list[Path]) -> None:
         """Rename what failed: left in place it would block the save that reaches its step again."""
@@ -169,20 +209,12 @@ class RunDirectory:
         self.lock.release()
 
 
-def _verifies(directory: Path) -> bool:
-    """Whether a checkpoint of this step stands already, as it does when the run stops right after saving it."""
-    try:
-        return bool(directory.exists() and _check_manifest(directory))
-    except (ConfigError, ResourceError):
-        return False
-
-
 def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
     fields: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "device": ", ".join(sorted({str(tensor.device) for tensor in checkpoint.sae.values()})),
-        "config_sha256": _digest({key: value for key, value in files.finite(dict(config)).items() if key != "out"}),
+        "config_sha256": _config_digest(config),
         **_environment(),
         "files": {
             name: {"bytes": (directory / name).stat().st_size, "sha256": files.sha256(directory / name)}
@@ -192,23 +224,17 @@ def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
     return files.canonical_json({**fields, "sha256": _digest(fields)})
 
 
-def _check_manifest(directory: Path, *, sizes_only: bool = False) -> dict[str, Any]:
-    """The manifest, once it and every file it names are as they were written."""
-    path = directory / "manifest.json"
-    manifest = files.read_json(path)
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ResourceError(str(path), f"has format {version}; this version reads up to {FORMAT_VERSION}")
-    fields = {key: value for key, value in manifest.items() if key != "sha256"}
-    if path.read_text() != files.canonical_json(manifest) or manifest.get("sha256") != _digest(fields):
-        raise ResourceError(str(path), "failed its checksum (manifest.json)")
-    for name, expected in manifest["files"].items():
-        part = directory / name
-        if not part.is_file() or part.stat().st_size != expected["bytes"]:
-            raise ResourceError(str(part), f"failed its size check ({name})")
-        if not sizes_only and files.sha256(part) != expected["sha256"]:
-            raise ResourceError(str(part), f"failed its checksum ({name})")
-    return manifest
+def _read(directory: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in a folder that was checked."""
+    sae, state = (files.load_tensors(directory / name) for name in ("sae.safetensors", "state.safetensors"))
+    if (name := nonfinite({**sae, **state})) is not None:
+        raise ResourceError(str(directory), f"holds NaN or infinity ({name})")
+    return Checkpoint(manifest["step"], sae, state, files.read_json(directory / "state.json"))
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what makes two runs the same: every key but the folder's name."""
+    return _digest({key: value for key, value in files.finite(dict(config)).items() if key != "out"})
 
 
 def _digest(value: Any) -> str:

@@ -8,9 +8,10 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,7 +19,7 @@ import tyro
 from pydantic import Field
 
 from mlsae.config import Config, Positive, TrainConfig, load_config
-from mlsae.errors import ConfigError, MlsaeError, did_you_mean, printable
+from mlsae.errors import ConfigError, Interrupted, MlsaeError, did_you_mean, printable
 
 Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
 
@@ -260,8 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -288,8 +287,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command.json_ not in (None, "-"):
         _probe(Path(command.json_))
-    _quiet_libraries()
-    result, text = run(command)
+    with _interruptible(arguments[0]):
+        _quiet_libraries()
+        result, text = run(command)
     if command.json_ == "-":
         from mlsae.files import finite
 
@@ -300,6 +300,18 @@ def _run(arguments: list[str]) -> int:
         write_json(Path(command.json_), result.to_dict())
     print(text)
     return 0
+
+
+@contextlib.contextmanager
+def _interruptible(command: str) -> Generator[None]:
+    """SIGINT and SIGTERM end the command at once with one sentence; while steps are taken, training handles them itself."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(command, "stopped; nothing was written; run the same command again") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _probe(path: Path) -> None:

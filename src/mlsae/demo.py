@@ -236,7 +236,7 @@ def outlook(metrics: Sequence[dict[str, Any]], fvu: float, factor: int = 10) -> 
     """The held-out FVU beside what `factor` times the tokens would bring, by a power law through this run's own curve."""
     total = metrics[-1]["tokens"]
     middle = [
-        m for m in metrics if 0.1 * total <= m["tokens"] <= 0.8 * total and m["fvu"] > 0
+        m for m in metrics if 0.1 * total <= m["tokens"] <= 0.8 * total and m.get("fvu", 0) > 0
     ]  # after warm-up, before the final decay
     reached = f"Held-out FVU is {fvu:.2f} after {total:,} tokens"
     if len(middle) < 8:

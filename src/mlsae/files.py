@@ -8,13 +8,14 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,7 +27,12 @@ from mlsae.errors import ConfigError, ModelError, ResourceError
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PAUSES = (1, 2, 4)
+"""Seconds between attempts to write to a full disk."""
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 100 << 20
@@ -151,18 +157,32 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Generator[None]:
-    """Turn an OSError into the one sentence a user can act on."""
+def disk_errors(path: Path, needed: int | None = None) -> Generator[None]:
+    """Turn an OSError into the one sentence a user can act on; `needed` bytes were to be written."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = (
-                f"disk full with {free_bytes(path) / 1e6:.0f} MB free; free some space and run again with --resume"
-            )
+        if error.errno in DISK_FULL:
+            needs = "" if needed is None else f"{needed / 1e6:.1f} MB needed, "
+            problem = f"disk full: {needs}{free_bytes(path) / 1e6:.1f} MB free; free some space and run again"
         else:
             problem = f"{error.strerror or error}; choose a folder you can write to"
         raise ResourceError(str(path), problem) from error
+
+
+def on_full_disk(write: Callable[[], None]) -> None:
+    """Call `write`, and again after each of PAUSES if the disk is full: on a shared one, space often comes back."""
+    for pause in PAUSES:
+        try:
+            write()
+        except ResourceError as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_FULL):
+                raise
+            log.warning("%s (trying again in %d s)", error, pause)
+            time.sleep(pause)
+        else:
+            return
+    write()
 
 
 def probe_writable(directory: Path) -> None:
@@ -232,13 +252,19 @@ class JsonLines:
     def __init__(self, path: Path):
         self._path = path
         with disk_errors(path):
-            self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line."""
-        with disk_errors(self._path):
-            self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
-            self._file.flush()
+        """Write one line, or nothing of it."""
+        line, length = json.dumps(finite(record), allow_nan=False).encode() + b"\n", self._file.tell()
+
+        def write() -> None:
+            with disk_errors(self._path, len(line)):
+                self._file.truncate(length)
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        on_full_disk(write)
 
     def sync(self) -> int:
         """Make what was written durable; returns the length in bytes."""
@@ -306,6 +332,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(str(path), f"line 1, column 1: holds {_kind(value)}; write one 'key: value' a line")
     return value
+
+
+def tensors_metadata(path: Path) -> dict[str, str]:
+    """What `save_tensors` was given beside the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
 
 
 def load_tensors(

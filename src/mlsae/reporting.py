@@ -13,6 +13,12 @@ from tqdm import tqdm
 from mlsae.files import JsonLines
 from mlsae.trainer import StepReport
 
+SYMPTOMS = {
+    "dead_fraction": (0.3, "{:.0%} of the latents are dead latents; lower lr, or raise k_aux or tokens"),
+    "norm_ratio": (100.0, "a vector has {:.0f} times the median norm of its layer; mask it with mask_norm_factor"),
+}
+"""What is worth a warning when it exceeds its limit."""
+
 log = logging.getLogger(__name__)
 
 
@@ -110,26 +116,41 @@ class _TensorBoard:
 class Reporter:
     """The one place where training logs. The same run writes the same lines, but for the two wall-clock keys at the end."""
 
-    def __init__(self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, every: int, progress: bool):
-        self._metrics, self._logger, self._every = metrics, logger, every
+    def __init__(self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, progress: bool):
+        self._metrics, self._logger = metrics, logger
         self._started = time.monotonic()
         self._tokens_here = 0
+        self._warned: set[str] = set()
         self._bar = tqdm(
             total=total, initial=done, unit="tok", unit_scale=True, desc="train", disable=not progress, smoothing=0.05
         )
 
-    def report(self, report: StepReport, n_tokens: int, extra: Mapping[str, Any], *, last: bool) -> None:
-        """Show one step; write it down if its turn has come. `n_tokens` counts masked positions too."""
+    def report(self, report: StepReport, n_tokens: int, extra: Mapping[str, Any] | None) -> None:
+        """Show one step and, with `extra`, write it down. `n_tokens` counts masked positions too."""
         self._tokens_here += n_tokens
         self._bar.update(n_tokens)
         self._bar.set_postfix_str(f"FVU {report.fvu:.3f}, dead {report.dead_fraction:.1%}", refresh=False)
-        if report.step % self._every == 0 or last or "validation_fvu" in extra:
+        if extra is not None:
             elapsed = time.monotonic() - self._started
             wall = {"elapsed_seconds": round(elapsed, 3), "tokens_per_second": round(self._tokens_here / elapsed, 1)}
-            record = {**report.to_dict(), **extra, **wall}
-            self._metrics.append(record)
-            if self._logger is not None:
-                self._logger.log({k: v for k, v in record.items() if k != "step"}, report.step)
+            self._write({**report.to_dict(), **extra, **wall})
+            self._warn({**report.to_dict(), **extra})
+
+    def validated(self, step: int, tokens: int, fvu: float) -> None:
+        """Write down a validation, on a line of its own: it may be done by another process than the step before it."""
+        self._write({"step": step, "tokens": tokens, "validation_fvu": fvu})
+
+    def _warn(self, record: Mapping[str, Any]) -> None:
+        """Say, once, that a number is not what a healthy run has."""
+        for name, (limit, words) in SYMPTOMS.items():
+            if name not in self._warned and record.get(name, 0) > limit:
+                self._warned.add(name)
+                log.warning("step %d: %s", record["step"], words.format(record[name]))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._metrics.append(record)
+        if self._logger is not None:
+            self._logger.log({k: v for k, v in record.items() if k != "step"}, record["step"])
 
     def close(self) -> None:
         """Finish the bar and the logger."""

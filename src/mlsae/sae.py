@@ -6,7 +6,8 @@
 frame, that layer's own mean and scale.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,19 +216,28 @@ class MLSAE(nn.Module):
         return [self.layers.index(layer) for layer in named]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; weights that are not finite are refused."""
+        """Write `config.json` and `model.safetensors`, which holds the config too: the files of two SAEs cannot be mixed.
+
+        Weights that are not finite are refused.
+        """
         tensors = {name: tensor.float() for name, tensor in self.state_dict().items()}
         _refuse_nonfinite(tensors, Path(directory))
-        files.save_tensors(Path(directory) / WEIGHTS_FILE, tensors)
-        files.write_json(Path(directory) / CONFIG_FILE, self.config.to_dict())
+        config = self.config.to_dict()
+        files.save_tensors(Path(directory) / WEIGHTS_FILE, tensors, {"config": files.canonical_json(config)})
+        files.write_json(Path(directory) / CONFIG_FILE, config)
 
     @classmethod
     def from_pretrained(
-        cls, id_or_dir: str | Path, *, revision: str | None = None, device: str | None = None
+        cls,
+        id_or_dir: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        allow_nonfinite: bool = False,
     ) -> "MLSAE":
         """The SAE in a folder, a run directory or a Hub repository.
 
-        Raises ModelError if it is not there, not whole, not finite or not ours.
+        Raises ModelError if it is not there, not whole, not ours, or not finite, unless `allow_nonfinite` opens it to look at.
         """
         directory = _find(id_or_dir, revision)
         with torch.device(
@@ -236,7 +246,9 @@ class MLSAE(nn.Module):
             sae = cls(_read_config(directory / CONFIG_FILE))
         expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in sae.state_dict().items()}
         tensors = files.load_tensors(directory / WEIGHTS_FILE, expected)
-        _refuse_nonfinite(tensors, directory)
+        _check_belongs(directory, sae.config)
+        if not allow_nonfinite:
+            _refuse_nonfinite(tensors, directory)
         sae.load_state_dict(tensors, assign=True)
         return sae.requires_grad_().to(device or "cpu")
 
@@ -249,6 +261,17 @@ def _read_config(path: Path) -> MLSAEConfig:
     if missing := [key for key in MLSAEConfig.model_fields if key not in values]:
         raise ModelError(str(path), f"key '{missing[0]}' is missing; the file is not whole")
     return MLSAEConfig(**values)
+
+
+def _check_belongs(directory: Path, config: MLSAEConfig) -> None:
+    """Refuse a config.json that is not the one the weights were saved with."""
+    stored = files.tensors_metadata(directory / WEIGHTS_FILE).get("config", "{}")
+    saved_with = files.parse_json(stored, directory / WEIGHTS_FILE)
+    for key, value in config.to_dict().items():
+        if key not in saved_with or saved_with[key] != value:
+            was = f"with {saved_with[key]!r}" if key in saved_with else "without it"
+            problem = f"key '{key}' is {value!r}; the weights were saved {was}; get both files again from one place"
+            raise ModelError(str(directory / CONFIG_FILE), problem)
 
 
 def _find(id_or_dir: str | Path, revision: str | None) -> Path:
@@ -269,13 +292,19 @@ def _find(id_or_dir: str | Path, revision: str | None) -> Path:
         raise ModelError("sae", f"'{id_or_dir}' is no folder and was not found on the Hub; check the name") from error
 
 
-def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
+def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity, if one does: one pass over memory each, so that every step can ask."""
     for name, tensor in tensors.items():
-        finite = tensor > 0 if name == "norm_limit" else tensor.isfinite()  # a limit may be infinite: off
-        if not finite.all():
-            raise ModelError(
-                str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint"
-            )
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = (float(x) for x in tensor.detach().aminmax())  # NaN if any is
+            if not (least > 0 if name == "norm_limit" else math.isfinite(least) and math.isfinite(most)):
+                return name  # a limit may be infinite: off
+    return None
+
+
+def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
+    if (name := nonfinite(tensors)) is not None:
+        raise ModelError(str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint")
 
 
 def _listed(layers: Sequence[int]) -> str:

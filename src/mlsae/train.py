@@ -1,5 +1,6 @@
 """Train one SAE on every layer of a language model: the loop, and what it needs around it to survive and be resumed."""
 
+import contextlib
 import logging
 import signal
 import time
@@ -17,7 +18,7 @@ from mlsae.config import TrainConfig, resolve, sae_config
 from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import DataError, Interrupted, NumericsError
 from mlsae.lm import LanguageModel, read_shape
-from mlsae.metrics import ReconstructionSums
+from mlsae.metrics import ReconstructionSums, norm_ratio
 from mlsae.reading import Reading, check_pair, read, read_ahead
 from mlsae.reporting import Reporter, open_logger
 from mlsae.sae import MLSAE
@@ -75,12 +76,12 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, l
     devices.check_fits(config, shape.d_model, device)
     run = RunDirectory(Path(config.out), config.to_dict(), resume=resume)
     try:
-        with StopFlag() as stop:
-            if lm is None:
-                lm = LanguageModel.from_pretrained(
-                    config.lm, device=device, dtype=dtype, separator_token=config.separator_token
-                )
-            loop = Loop(config, lm, run, resume=resume, progress=progress, stop=stop)
+        if lm is None:
+            lm = LanguageModel.from_pretrained(
+                config.lm, device=device, dtype=dtype, separator_token=config.separator_token
+            )
+        loop = Loop(config, lm, run, resume=resume, progress=progress)
+        with StopFlag() as loop.stop:
             loop.run()
         return loop.summary(time.monotonic() - started)
     finally:
@@ -94,17 +95,10 @@ READ_TOKENS = 1024
 class Loop:
     """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        lm: LanguageModel,
-        run: RunDirectory,
-        *,
-        resume: bool,
-        progress: bool,
-        stop: "StopFlag",
-    ):
-        self.config, self.lm, self.run_directory, self.stop, self.progress = config, lm, run, stop, progress
+    def __init__(self, config: TrainConfig, lm: LanguageModel, run: RunDirectory, *, resume: bool, progress: bool):
+        self.config, self.lm, self.run_directory, self.progress = config, lm, run, progress
+        self.stop = StopFlag()
+        """Whether a signal asked for a stop; it listens while `run` runs."""
         self.batch = config.batch_size or 1
         self.accumulation = config.accumulation_steps or 1
         self.context = config.context_length or 1
@@ -128,10 +122,14 @@ class Loop:
         self.together = max(1, READ_TOKENS // (self.batch * self.context))
         self._ready: dict[int, Reading] = {}
         """The micro-batches last read, by their position."""
+        self.vectors = torch.empty(0)
+        """Those of the micro-batch last learned from."""
         self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
         self.metrics_bytes = 0
         """Length of metrics.jsonl that belongs to what was resumed; what a killed process wrote after it is forgotten."""
         self.validation = self._validation_blocks()
+        self.validated = 0
+        """Step after which the last validation was."""
         if resume:
             self._load(run.load())
         else:
@@ -142,13 +140,14 @@ class Loop:
         """Every remaining step; the loop itself."""
         with files.JsonLines(self.run_directory.path / "metrics.jsonl") as self.metrics, self._reporter() as reporter:
             self.metrics.truncate(self.metrics_bytes)
+            self._validate(reporter)
             for step in range(self.trainer.steps + 1, self.n_steps + 1):
-                report = self._step()
-                reporter.report(report, self.step_tokens, self._extra(step), last=step == self.n_steps)
+                reporter.report(self._step(), self.step_tokens, self._extra())
                 if step % (self.config.save_every_steps or 1) == 0 or step == self.n_steps or self.stop.asked:
                     self._save()
                 if self.stop.asked and step < self.n_steps:
-                    raise Interrupted("train", f"stopped after step {step} of {self.n_steps}; --resume continues")
+                    raise self.stopped()
+                self._validate(reporter)
             self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
     def _step(self) -> StepReport:
@@ -158,18 +157,28 @@ class Loop:
             for reading in self._readings():
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
                 self.over_norm += reading.over_norm.cpu()
+                self.vectors = reading.vectors
             return self.trainer.update()
         except NumericsError as error:
-            sequences = f"{before[0]} to {self.position - 1}"
+            documents = self._documents(before[0])
             self.position, self.over_norm = before
             if self.trainer.steps:
-                self._save()
-            raise NumericsError(error.field, f"{error.problem} (sequences {sequences} of the data)") from error
+                with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
+                    self._save()
+            raise NumericsError(error.field, f"{error.problem} (documents {documents} of the data)") from error
+
+    def _documents(self, since: int) -> str:
+        """Which documents were read since a position, counted from 0: a few of them, in words."""
+        blocks = self.blocks.block_ids(
+            since, self.position - since, seed=self.config.seed, order=self.config.rules.order
+        )
+        found = self.blocks.document_ids(blocks).unique().tolist()
+        return ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
     def summary(self, seconds: float) -> Run:
         """The finished run in numbers."""
         tokens = self.trainer.steps * self.step_tokens
-        last = files.read_jsonl(self.run_directory.path / "metrics.jsonl")[-1]
+        last = [row for row in files.read_jsonl(self.run_directory.path / "metrics.jsonl") if "fvu" in row][-1]
         return Run(
             directory=str(self.run_directory.path),
             steps=self.trainer.steps,
@@ -208,8 +217,6 @@ class Loop:
     def _sample(self) -> Iterator[torch.Tensor]:
         """The first batches of the stream, for what is fixed before training."""
         for position in range(0, len(self.blocks), self.batch):
-            if self.stop.asked:
-                raise Interrupted("train", "stopped before the first step; nothing was written")
             sae, n = self.trainer.sae, min(self.batch, len(self.blocks) - position)  # each block once
             yield read(self.lm, sae, self._read(position, n)).to_train(sae)
 
@@ -220,17 +227,34 @@ class Loop:
             return self.blocks
         return pack_split(self.config, self.lm, "validation", progress=self.progress)
 
-    def _extra(self, step: int) -> dict[str, Any]:
-        """Metrics that only some steps have."""
-        extra: dict[str, Any] = {"masked_by_norm": self.over_norm.tolist()}
-        if self.validation is not None and step % (self.config.validate_every_steps or 1) == 0:
-            extra["validation_fvu"] = validate(self, self.validation)
-        return extra
+    def _extra(self) -> dict[str, Any] | None:
+        """What metrics.jsonl holds beside the report of the step just taken, if it has a line there."""
+        if self.trainer.steps % (self.config.log_every_steps or 1) and self.trainer.steps < self.n_steps:
+            return None
+        return {"masked_by_norm": self.over_norm.tolist(), "norm_ratio": norm_ratio(self.vectors)}
+
+    def _validate(self, reporter: Reporter) -> None:
+        """The validation that is due after the step last taken. If it is stopped, the resumed run does it from its start."""
+        step = self.trainer.steps
+        if self.validation is None or step % (self.config.validate_every_steps or 1) or step == self.validated:
+            return
+        quiet = self.trainer.quiet
+        try:
+            reporter.validated(step, self.trainer.tokens, validate(self, self.validation))
+        except Interrupted:
+            self.trainer.quiet = quiet
+            self._save()
+            raise
+        self.validated = step
+
+    def stopped(self) -> Interrupted:
+        """The end of a run that was asked to stop."""
+        return Interrupted("train", f"stopped after step {self.trainer.steps} of {self.n_steps}; --resume continues")
 
     def _save(self) -> None:
         """A checkpoint of this moment between two steps, and the SAE where `from_pretrained` finds it."""
         state = {**self.trainer.state(), "over_norm": self.over_norm, "rng.torch": torch.get_rng_state()}
-        info = {"position": self.position, "metrics_bytes": self.metrics.sync()}
+        info = {"position": self.position, "validated": self.validated, "metrics_bytes": self.metrics.sync()}
         self.run_directory.save(
             Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, info),
             self.config.keep_checkpoints,
@@ -242,7 +266,7 @@ class Loop:
         self.trainer.load_state(checkpoint.state)
         torch.set_rng_state(checkpoint.state["rng.torch"])
         self.over_norm = checkpoint.state["over_norm"]
-        self.position = checkpoint.info["position"]
+        self.position, self.validated = checkpoint.info["position"], checkpoint.info["validated"]
         self.metrics_bytes = checkpoint.info["metrics_bytes"]
         log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
 
@@ -257,7 +281,6 @@ class Loop:
             open_logger(self.config.log_to, self.run_directory.path, self.config.to_dict()),
             done=self.trainer.steps * self.step_tokens,
             total=self.n_steps * self.step_tokens,
-            every=self.config.log_every_steps or 1,
             progress=self.progress,
         )
 
@@ -270,6 +293,8 @@ def validate(loop: Loop, blocks: TokenBlocks) -> float:
     n_blocks = min(loop.config.validation_sequences, len(blocks))
     for position in range(0, n_blocks, loop.batch):
         tokens = blocks.read(position, min(loop.batch, n_blocks - position), order="file")
+        if loop.stop.asked:
+            raise loop.stopped()
         vectors = read(loop.lm, sae, tokens).to_train(sae)
         code, recon = sae(vectors)
         sums.update(vectors, recon, code.values)

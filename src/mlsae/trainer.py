@@ -16,7 +16,7 @@ from mlsae.config import TrainerConfig, default_lr
 from mlsae.errors import ConfigError, NumericsError
 from mlsae.initial import initialise
 from mlsae.optimizer import optimizer_of
-from mlsae.sae import MLSAE, Code
+from mlsae.sae import MLSAE, Code, nonfinite
 
 MAX_OVERFLOWS = 20
 """Steps in a row that float16 may skip because a gradient overflowed."""
@@ -137,6 +137,7 @@ class Trainer:
             raise ConfigError("resid", "no unmasked token in this step; raise batch_size or check the mask")
         n_tokens = sum(n for n, *_ in self._parts)
         try:
+            self._check_state()
             grad_norm = self._finite(self.optimizer.mean_gradients(n_tokens))
         except NumericsError:
             self._abandon()
@@ -157,6 +158,11 @@ class Trainer:
         fired[code.indices[code.values > self.config.dead_threshold]] = True
         forwards = self.rules.dead_clock == "forwards"
         self.quiet = torch.where(fired, 1 if forwards else 0, self.quiet + (1 if forwards else n_tokens))
+
+    def _check_state(self) -> None:
+        """Stop the run at a weight, moment or statistic that is not finite, seen by this step's vectors or not."""
+        if (name := nonfinite({**self.sae.state_dict(), **self.state()})) is not None:
+            raise NumericsError(name, f"not finite before step {self.steps + 1}; go back to a checkpoint before it")
 
     def _finite(self, norms: dict[str, float]) -> float:
         """The whole gradient's norm; stops the run at the first loss or gradient that is not finite."""

@@ -420,10 +420,10 @@ def _draw_delta_ce(axes: Axes, values: list[float], layers: Sequence[int], toget
 @styled
 def training(metrics: Sequence[Mapping[str, Any]]) -> Picture | None:
     """FVU and dead latents over the tokens seen in training; None without records."""
-    metrics = [row for row in metrics if row.get("fvu") is not None]
-    if not metrics:
+    steps = [row for row in metrics if row.get("fvu") is not None]
+    if not steps:
         return None
-    tokens, fvu, dead = (np.array(_column(metrics, name)) for name in ("tokens", "fvu", "dead_fraction"))
+    tokens, fvu, dead = (np.array(_column(steps, name)) for name in ("tokens", "fvu", "dead_fraction"))
     figure = new_figure(3.2)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     window = max(1, len(fvu) // 50)
