@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import re
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from conftest import train_command, tree
 from mlsae import cli
 from mlsae.cli import COMMANDS, main
+from mlsae.sae import MLSAE
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "huggingface_hub")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
@@ -235,10 +236,11 @@ def test_train_prints_json_too(tmp_path: Path, lm_folder: Path, corpus: Path, ca
 
 
 def test_an_sae_that_forgot_its_language_model_must_be_told(tmp_path: Path, trained: Path, capsys):
-    shutil.copytree(trained / "sae", tmp_path / "sae")
-    config = json.loads((tmp_path / "sae" / "config.json").read_text())
+    sae = MLSAE.from_pretrained(trained)
+    config = sae.config
     for key, code in (("lm", 2), ("data", 2)):
-        (tmp_path / "sae" / "config.json").write_text(json.dumps({**config, key: None}))
+        sae.config = config.replaced(expansion_factor=None, **{key: None})
+        sae.save_pretrained(tmp_path / "sae")
         assert main(["evaluate", str(tmp_path / "sae"), "--tokens", "64"]) == code
         assert capsys.readouterr().err == f"error: {key}: the SAE does not say what it was trained on; give --{key}\n"
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from mlsae import text
-from mlsae.errors import DataError
+from mlsae.errors import DataError, Interrupted
 from mlsae.text import TextSource, split_of
 
 SPLITS = ("train", "validation", "test")
@@ -123,7 +123,7 @@ def test_empty_data_is_refused(tmp_path):
 
 def test_unknown_formats_and_missing_files_are_refused(tmp_path):
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
-    assert "no format we read; allowed are .txt, .jsonl, .csv, .parquet" in refused(tmp_path / "notes.pdf")
+    assert "no format we read; allowed are .txt, .jsonl, .csv, .parquet, .arrow" in refused(tmp_path / "notes.pdf")
     assert "no text files in" in refused(tmp_path)
     assert "no such file or folder" in refused(tmp_path / "nowhere")
     assert "no such file or folder" in refused("nowhere.jsonl")
@@ -262,5 +262,7 @@ def test_a_network_that_stays_away_ends_in_a_sentence(monkeypatch):
     hub(monkeypatch, {"train": Flaky(rows_between_failures=0), "test": Flaky()})
     slept = []
     monkeypatch.setattr(text.time, "sleep", slept.append)
-    assert "the network failed for" in refused("some/corpus", streaming=True)
+    with pytest.raises(Interrupted, match=r"some/corpus: the network failed for .* run the same command again") as error:
+        list(TextSource("some/corpus", streaming=True).documents())
+    assert error.value.exit_code == 75
     assert sum(slept) > text.PATIENCE_SECONDS / 2

@@ -28,7 +28,10 @@ def write_every_format(folder: Path, documents: list[str]) -> list[Path]:
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(raw))
     (folder / "a.jsonl.zst").write_bytes(zstandard.compress(raw))
     (folder / "a.txt").write_text(f"\n{SEPARATOR_LINE}\n".join(documents), encoding="utf-8")
-    pq.write_table(pa.table({"meta": list(range(len(documents))), "text": documents}), folder / "a.parquet")
+    table = pa.table({"meta": list(range(len(documents))), "text": documents})
+    pq.write_table(table, folder / "a.parquet")
+    with pa.ipc.new_stream(str(folder / "a.arrow"), table.schema) as stream:
+        stream.write_table(table)
     with open(folder / "a.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["meta", "text"], *([i, text] for i, text in enumerate(documents))])
     return sorted(folder.iterdir())
@@ -165,6 +168,18 @@ def test_endless_line_is_refused(tmp_path, monkeypatch):
     assert "line 2, byte 29: longer than 1000 bytes" in refused(path)
 
 
-def test_parquet_without_the_column_is_refused_before_reading(tmp_path):
-    pq.write_table(pa.table({"content": ["x"], "meta": [1]}), tmp_path / "a.parquet")
-    assert "no column 'text'; columns are 'content', 'meta'; use --text-column" in refused(tmp_path / "a.parquet")
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_table_without_the_column_is_refused_before_reading(tmp_path, suffix):
+    table, path = pa.table({"content": ["x"], "meta": [1]}), tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+    assert "no column 'text'; columns are 'content', 'meta'; use --text-column" in refused(path)
+
+
+def test_an_arrow_file_cut_short_is_damage(tmp_path):
+    path = write_every_format(tmp_path, DOCUMENTS)[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "rows read so far; repair the file" in refused(path)

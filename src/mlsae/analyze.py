@@ -90,13 +90,14 @@ class Analysis:
     to_dict = summary
 
     def save(self, directory: str | Path) -> None:
-        """Write layers.safetensors, prompt.safetensors, summary.json and similarity.json."""
+        """Write layers.safetensors, prompt.safetensors, similarity.json and, last, summary.json: without it, it is not whole."""
         directory = Path(directory)
+        files.remove(directory / "summary.json")
         self.statistics.save(directory / "layers.safetensors")
         prompt = {"mass": self.prompt.mass, "by_position": self.prompt.by_position, "visible": self.prompt.visible}
         files.save_tensors(directory / "prompt.safetensors", prompt)
-        files.write_json(directory / "summary.json", self.summary())
         files.write_json(directory / "similarity.json", {"resid": self.means.to_dict(), **self.similarity.to_dict()})
+        files.write_json(directory / "summary.json", self.summary())
 
 
 def analyze(

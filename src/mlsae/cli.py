@@ -19,7 +19,7 @@ import tyro
 from pydantic import Field
 
 from mlsae.config import Config, Positive, TrainConfig, load_config
-from mlsae.errors import ConfigError, Interrupted, MlsaeError, did_you_mean, printable
+from mlsae.errors import ConfigError, Interrupted, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
 
 Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
 
@@ -33,6 +33,8 @@ class Output(Config):
     """No progress bars."""
     debug: bool = False
     """Show the traceback of an error."""
+    offline: bool = False
+    """Use no network: folders, and what is in the Hub's cache."""
 
 
 class Demo(Output):
@@ -264,6 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
+        if out_of_memory(error):
+            print("error: memory: not enough for this; free some, or read shorter sequences", file=sys.stderr)
+            return ResourceError.exit_code
         traceback.print_exc()
         print(f"error: a bug in mlsae ({type(error).__name__}); please report it with the lines above", file=sys.stderr)
         return 1
@@ -288,7 +293,7 @@ def _run(arguments: list[str]) -> int:
     if command.json_ not in (None, "-"):
         _probe(Path(command.json_))
     with _interruptible(arguments[0]):
-        _quiet_libraries()
+        _set_up_libraries(offline=command.offline)
         result, text = run(command)
     if command.json_ == "-":
         from mlsae.files import finite
@@ -435,8 +440,11 @@ def _set_up_logging() -> None:
     logger.setLevel(logging.WARNING)
 
 
-def _quiet_libraries() -> None:
-    """Bars and advice of libraries that a user of mlsae has no use for."""
+def _set_up_libraries(*, offline: bool) -> None:
+    """No bars, advice or telemetry of libraries, and no network if none is wanted; they look when they are imported."""
+    if offline:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging

@@ -324,7 +324,7 @@ class Materials(Config):
     lm: str
     """Language model to read: a Hugging Face id or a folder."""
     data: str
-    """Text to train on: a .txt/.jsonl/.jsonl.zst/.parquet file, a folder of them, or a Hub dataset."""
+    """Text to train on: a .txt, .jsonl, .csv, .parquet or .arrow file (also .zst or .gz), a folder of them, or a Hub dataset."""
     out: str
     """Run directory to write."""
     tokens: Annotated[Positive, Field(le=10**18)] = 100_000_000

@@ -6,6 +6,7 @@ tokenizer has one. The endless stream of blocks starts over in a new permutation
 """
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -26,11 +27,14 @@ from mlsae.errors import ConfigError, DataError
 from mlsae.text import TextSource
 from mlsae.tokens import Tokenizer
 
+log = logging.getLogger(__name__)
+
 Order = Literal["shuffled", "file"]
 Packing = Literal["carry", "groups"]
 
 GROUP_DOCUMENTS = 1024
 """Documents that `groups` packs together (lawson2024)."""
+TOKEN_FILES = ("tokens.bin", "document_starts.bin")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1_000_000
 """What is tokenized at once, whichever is reached first."""
 STALE_SECONDS = 2 * 24 * 3600
@@ -57,6 +61,8 @@ class PackInfo:
     complete: bool
     """The text was read to its end."""
     tokenizer_fingerprint: str
+    sha256: dict[str, str]
+    """SHA-256 of each of TOKEN_FILES."""
     key: str
     """SHA-256 of the text, the tokenizer and the packing, whatever the length."""
 
@@ -81,6 +87,8 @@ class TokenBlocks:
     def open(cls, folder: Path, max_tokens: int | None = None) -> "TokenBlocks":
         """The blocks in a folder that `pack` wrote, no more than hold `max_tokens`."""
         info = PackInfo(**files.read_json(folder / "meta.json"))
+        if damaged := [name for name in TOKEN_FILES if files.sha256(folder / name) != info.sha256.get(name)]:
+            raise DataError(str(folder / damaged[0]), "failed its checksum; delete the folder and run again")
         shape = (info.n_blocks, info.context_length)
         tokens = np.memmap(folder / "tokens.bin", dtype=info.dtype, mode="r", shape=shape)
         starts = np.memmap(folder / "document_starts.bin", dtype=np.int64, mode="r", shape=(info.n_documents,))
@@ -177,13 +185,16 @@ def pack(
 
 def _key(source: TextSource, tokenizer: Tokenizer, context_length: int, packing: Packing) -> str:
     tokenized = (tokenizer.fingerprint, tokenizer.separator_id, tokenizer.bos_id)
-    return hashlib.sha256(repr((1, source.fingerprint(), tokenized, context_length, packing)).encode()).hexdigest()
+    return hashlib.sha256(repr((2, source.fingerprint(), tokenized, context_length, packing)).encode()).hexdigest()
 
 
 def _cached(folder: Path, max_tokens: int | None) -> TokenBlocks | None:
     """The blocks in a cache folder, if it is whole and they are enough."""
     try:
         blocks = TokenBlocks.open(folder, max_tokens)
+    except DataError as error:
+        log.warning("%s: it is made again", error)
+        return None
     except (ConfigError, TypeError, ValueError, OSError):  # not there, not ours, or shorter than it says
         return None
     enough = blocks.info.complete or (max_tokens is not None and blocks.n_tokens >= max_tokens)
@@ -233,6 +244,7 @@ def _fill(
         max_token_id=packer.max_token_id,
         complete=complete,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        sha256={name: files.sha256(staged / name) for name in TOKEN_FILES},
         key=key,
     )
     files.write_json(staged / "meta.json", asdict(info))

@@ -1,6 +1,7 @@
 """Which device and precision a run uses, and whether what it needs fits: refused before anything is loaded."""
 
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -83,6 +84,13 @@ def check_fits(config: TrainConfig, d_model: int, device: torch.device) -> None:
             f"{config.keep_checkpoints + 1} checkpoints need {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free at {config.out}; "
             "free some space or choose another --out",
         )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had in use on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_memory(device: torch.device) -> int:

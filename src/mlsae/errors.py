@@ -58,9 +58,16 @@ class ModelError(MlsaeError):
 
 
 class Interrupted(MlsaeError):
-    """Stopped on request; the same command with --resume continues."""
+    """Stopped on request, or by a network that stays away: the same command, a run's with --resume, goes on."""
 
     exit_code = 75
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on this machine or on an accelerator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    return "can't allocate memory" in str(error)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -38,6 +39,11 @@ _WELL_KNOWN = (
     *("meta-llama/Llama-3.2-1B", "mistralai/Mistral-7B-v0.1", "bigscience/bloom-560m", "allenai/OLMo-2-0425-1B"),
 )
 SUPPORTED = "models built like GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma, Phi, OPT, BLOOM or Falcon are supported"
+SAFE_TRANSFORMERS = (5, 3)
+"""Before it, a config.json could choose code to run: ours are walked, but one lock is less than two."""
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+"""The largest index of weights or tokenizer config that is read."""
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
 _INERT_KEYS = (
     *("_name_or_path", "_model_name_or_path", "_commit_hash", "_num_labels", "_sliding_window_pattern"),
@@ -115,6 +121,10 @@ def _check_files(name: str, files: Sequence[str]) -> None:
     name = printable(name)
     if "config.json" not in files:
         raise ModelError("model", f"'{name}' has no config.json; name a language model in Hugging Face format")
+    if "adapter_config.json" in files:  # transformers would load the model that this names instead
+        raise ModelError(
+            "model", f"'{name}' is an adapter of another model; merge it into that model and name the result"
+        )
     if not any(file.endswith(".safetensors") for file in files):
         raise ModelError("model", f"'{name}' has no safetensors weights; see 'mlsae convert'")
 
@@ -124,6 +134,7 @@ def read_config(source: Source) -> Any:
     name, found = printable(source.name), read_json(source.config)
     found = found if isinstance(found, dict) else {}
     values = _walked(found, name)
+    _check_index(source)
     model_type = str(values.pop("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in found:
@@ -141,19 +152,61 @@ def read_config(source: Source) -> Any:
     return config
 
 
-def _walked(value: Any, name: str) -> Any:
+def _walked(value: Any, name: str, file: str = "config.json") -> Any:
     """A config without the keys that choose code; a key that could load code, at any depth, is refused."""
     if isinstance(value, list):
-        return [_walked(item, name) for item in value]
+        return [_walked(item, name, file) for item in value]
     if not isinstance(value, dict):
         return value
     for key, item in value.items():
         attention = "attn_implementation" in key and (isinstance(item, dict) or item not in _ATTENTION)
         private = key.startswith("_") and item and key not in _INERT_KEYS
         if key in ("trust_remote_code", "quantization_config") or attention or private:
-            raise ModelError("model", f"'{name}' has '{printable(key)}' in its config.json; not supported")
+            raise ModelError("model", f"'{name}' has '{printable(key)}' in its {file}; not supported")
     chosen_by_us = ("auto_map", *(key for key in value if key.startswith("_") or "attn_implementation" in key))
-    return {key: _walked(item, name) for key, item in value.items() if key not in chosen_by_us}
+    return {key: _walked(item, name, file) for key, item in value.items() if key not in chosen_by_us}
+
+
+def _file(source: Source, file: str) -> Path | None:
+    """One more of a model's files, downloaded if need be; None if it has none of that name."""
+    path = source.config.parent / file
+    if path.is_file() or source.local_only:
+        return path if path.is_file() else None
+    with _hub_errors(source.name, source.revision):
+        try:
+            return Path(hf_hub_download(source.name, file, revision=source.revision))
+        except EntryNotFoundError:
+            return None
+
+
+def _check_index(source: Source) -> None:
+    """Every file that an index of weights names is one of the model's own and, in a folder, there."""
+    if (path := _file(source, INDEX)) is None or (source.config.parent / "model.safetensors").is_file():
+        return
+    index, name = read_json(path, MAX_INDEX_BYTES), printable(source.name)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+        raise ModelError("model", f"'{name}' has an unusable {INDEX}; download it again")
+    for file in sorted(set(weights.values())):
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ModelError("model", f"'{name}' names '{printable(file)}' in its {INDEX}, which is no file of its own")
+        if source.local_only and not (path.parent / file).is_file():
+            raise ModelError("model", f"'{name}' is not whole: {printable(file)} is missing; download it again")
+
+
+def _check_tokenizer(source: Source) -> None:
+    """The tokenizer's and generation's configs may no more choose code than the model's own."""
+    name = printable(source.name)
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        found = read_json(path, MAX_INDEX_BYTES) if (path := _file(source, file)) is not None else {}
+        _walked(found, name, file)
+        chosen = found.get("tokenizer_class") if isinstance(found, dict) else None
+        if isinstance(found, dict) and "auto_map" in found:
+            raise ModelError("model", f"'{name}' has a tokenizer that needs code from its repository; not supported")
+        if chosen is not None and not (isinstance(chosen, str) and chosen.isidentifier()):
+            raise ModelError(
+                "model", f"'{name}' has no name of a class as tokenizer_class in its {file}; not supported"
+            )
 
 
 def _check_causal(name: str, config: Any) -> None:
@@ -180,6 +233,8 @@ def shape_of(name: str, config: Any) -> LMShape:
 def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
     """The Hugging Face model, every weight of it from the file and every weight of the file in it."""
     name = printable(source.name)
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < SAFE_TRANSFORMERS:
+        _log.warning("transformers %s has flaws that 5.3 mended (CVE-2026-4372); upgrade it", transformers.__version__)
     auto: Any = AutoModelForCausalLM  # its annotations know nothing of the loading info
     try:
         hf, info = auto.from_pretrained(
@@ -202,10 +257,12 @@ def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
     return hf
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: Source, config: Any) -> Any:
+    _check_tokenizer(source)
     try:
         return AutoTokenizer.from_pretrained(
             source.name,
+            config=config,
             revision=source.revision or "main",
             local_files_only=source.local_only,
             trust_remote_code=False,

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from mlsae.errors import DataError, did_you_mean, printable
+from mlsae.errors import DataError, Interrupted, did_you_mean, printable
 from mlsae.textfiles import FORMATS, Row, is_readable, no_column, rows
 
 SPLITS = ("train", "validation", "test")
@@ -274,7 +274,8 @@ def _hub_rows(data: str, dataset: Any, size: int | None) -> Iterator[Row]:
             return
         except (ConnectionError, TimeoutError) as error:
             if waited >= PATIENCE_SECONDS:
-                raise DataError(data, f"the network failed for {waited:.0f} s after row {n_rows}; run again") from error
+                problem = f"the network failed for {waited:.0f} s after row {n_rows}; run the same command again"
+                raise Interrupted(data, problem) from error
         except OSError as error:
             raise DataError(data, f"cannot be read on: {printable(str(error))}; {n_rows} rows read so far") from error
         time.sleep(pause * random.uniform(0.5, 1))

@@ -1,4 +1,4 @@
-"""One text file becomes rows: .txt, .jsonl, .csv and .parquet, and .zst or .gz of these, read in bounded memory.
+"""One text file becomes rows: .txt, .jsonl, .csv, .parquet and .arrow, and .zst or .gz of these, in bounded memory.
 
 A file may be damaged, cut short or hostile: what cannot be read is a DataError with file, line and byte and the rows
 read so far, and a compressed file may hold no more than text could. The most held in memory is a line or a passage.
@@ -226,15 +226,35 @@ def _parquet_rows(source: _Input, column: str) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(source.path) as file:
-        if column not in file.schema_arrow.names:
-            raise no_column(str(source.path), "schema", column, file.schema_arrow.names)
-        n_rows, n_bytes = 0, 0
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            n_bytes += batch.nbytes
-            source.check_expansion(n_bytes)
-            for value in batch.column(0).to_pylist():
-                n_rows += 1
-                yield Row(f"row {n_rows}", {column: value}, n_rows / file.metadata.num_rows)
+        _check_column(source, column, file.schema_arrow)
+        batches = file.iter_batches(batch_size=256, columns=[column])
+        yield from _column_rows(source, column, batches, file.metadata.num_rows)
+
+
+def _arrow_rows(source: _Input, column: str) -> Iterator[Row]:
+    """What `datasets` keeps: an Arrow stream."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(source.path)) as file, pa.ipc.open_stream(file) as stream:
+        _check_column(source, column, stream.schema)
+        table = stream.read_all()  # a view of the map, not a copy
+        yield from _column_rows(source, column, table.select([column]).to_batches(256), table.num_rows)
+
+
+def _check_column(source: _Input, column: str, schema: Any) -> None:
+    if column not in schema.names:
+        raise no_column(str(source.path), "schema", column, schema.names)
+
+
+def _column_rows(source: _Input, column: str, batches: Iterable[Any], total: int) -> Iterator[Row]:
+    """The values of the only column of Arrow batches."""
+    n_rows, n_bytes = 0, 0
+    for batch in batches:
+        n_bytes += batch.nbytes
+        source.check_expansion(n_bytes)
+        for value in batch.column(0).to_pylist():
+            n_rows += 1
+            yield Row(f"row {n_rows}", {column: value}, n_rows / total)
 
 
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {".zst": _zstd, ".gz": _gzip}
@@ -243,6 +263,7 @@ _READERS: dict[str, Callable[[_Input, str], Iterator[Row]]] = {
     ".jsonl": _jsonl_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
 }
 FORMATS = f"{', '.join(_READERS)}, also .zst or .gz of them"
 """What can be read, in words."""

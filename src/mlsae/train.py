@@ -16,7 +16,7 @@ from mlsae import devices, files
 from mlsae.checkpoint import Checkpoint, RunDirectory
 from mlsae.config import TrainConfig, resolve, sae_config
 from mlsae.data import TextSource, TokenBlocks, pack
-from mlsae.errors import DataError, Interrupted, NumericsError
+from mlsae.errors import DataError, Interrupted, NumericsError, ResourceError, out_of_memory
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.metrics import ReconstructionSums, norm_ratio
 from mlsae.reading import Reading, check_pair, read, read_ahead
@@ -151,7 +151,7 @@ class Loop:
             self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
     def _step(self) -> StepReport:
-        """Read a step's text and learn from it; one that is not finite is undone, the state before it saved, the run ended."""
+        """Read a step's text and learn from it; one that fails is undone, the state before it saved, the run ended."""
         before = self.position, self.over_norm.clone()
         try:
             for reading in self._readings():
@@ -159,13 +159,30 @@ class Loop:
                 self.over_norm += reading.over_norm.cpu()
                 self.vectors = reading.vectors
             return self.trainer.update()
-        except NumericsError as error:
+        except (NumericsError, MemoryError, RuntimeError) as error:
             documents = self._documents(before[0])
+            if isinstance(error, NumericsError):
+                ending = NumericsError(error.field, f"{error.problem} (documents {documents} of the data)")
+            elif out_of_memory(error):
+                ending = ResourceError("memory", f"not enough at step {self.trainer.steps + 1}{self._too_large()}")
+            else:
+                raise
+            self.trainer.abandon()
             self.position, self.over_norm = before
+            self._ready = {}
             if self.trainer.steps:
                 with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
                     self._save()
-            raise NumericsError(error.field, f"{error.problem} (documents {documents} of the data)") from error
+            raise ending from error
+
+    def _too_large(self) -> str:
+        """What to do about memory, with the most that was in use."""
+        peak = devices.peak_memory(self.lm.device) / 1e9
+        saved = "what was learned is saved: free some and --resume, or" if self.trainer.steps else "free some, or"
+        return (
+            f" (at most {peak:.1f} GB in use); {saved} begin a run with less batch_size (now {self.batch}), "
+            f"context_length ({self.context}) or expansion_factor"
+        )
 
     def _documents(self, since: int) -> str:
         """Which documents were read since a position, counted from 0: a few of them, in words."""

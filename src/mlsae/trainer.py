@@ -84,6 +84,8 @@ class Trainer:
         self.variance: Float[Tensor, " layer"] | None = None
         self.quiet = torch.zeros(n_latents, dtype=torch.int64, device=sae.W_enc.device)
         """Tokens (lawson2024: forward passes) since each latent was last active, at any layer."""
+        self._begun = False
+        """A step is in progress; what it changes before it is sound is kept as it was."""
         self._quiet_before = self.quiet
         self._decoder_before = sae.W_dec.detach()
         self.steps = 0
@@ -112,8 +114,8 @@ class Trainer:
         variance = self.variance if self.variance is not None else self.initialise([resid])
         if resid.shape[1] == 0:
             return
-        if not self._parts:
-            self._quiet_before = self.quiet
+        if not self._begun:
+            self._begun, self._quiet_before = True, self.quiet
             if self.rules.normalize == "each_micro_batch":
                 self._decoder_before = self.sae.W_dec.detach().clone()
         impl = self.config.impl
@@ -140,10 +142,11 @@ class Trainer:
             self._check_state()
             grad_norm = self._finite(self.optimizer.mean_gradients(n_tokens))
         except NumericsError:
-            self._abandon()
+            self.abandon()
             raise
         lr, limit = self._schedule(), self.config.clip_grad_norm
         self.optimizer.step(lr, 1.0 if limit is None or grad_norm <= limit else limit / grad_norm)
+        self._begun = False
         self.steps += 1
         self.tokens += n_tokens
         return self._report(n_tokens, lr, grad_norm)
@@ -184,11 +187,13 @@ class Trainer:
             )
         return norm
 
-    def _abandon(self) -> None:
-        """Forget the step in progress."""
+    def abandon(self) -> None:
+        """Forget the step in progress, if one is."""
         self.optimizer.forget()
         self._parts = []
-        self.quiet = self._quiet_before
+        if not self._begun:
+            return
+        self._begun, self.quiet = False, self._quiet_before
         if self.rules.normalize == "each_micro_batch":
             self.sae.W_dec.data.copy_(self._decoder_before)
 
