@@ -4,7 +4,7 @@ MINUTES ?= 7
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench soak docs clean
 
 demo: .venv/demo
 	$(BIN)/mlsae demo --minutes $(MINUTES)
@@ -18,7 +18,11 @@ check: .venv/dev
 	$(BIN)/ty check --error-on-warning
 
 bench: .venv/dev
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/soak.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+# Kills, refused writes and damage: a run must end in the same bits whatever happens to it.
+soak: .venv/dev
+	$(BIN)/python benchmarks/soak.py
 
 docs: .venv/dev
 	$(BIN)/python docs/generate.py

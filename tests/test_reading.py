@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mlsae import reading as reading_module
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ModelError
 from mlsae.lm import LanguageModel
-from mlsae.reading import check_pair, read, read_ahead
+from mlsae.reading import Reading, check_pair, read, read_ahead
 from mlsae.sae import MLSAE
 from tiny import byte_tokenizer, tiny_lm
 
@@ -148,7 +149,7 @@ def test_on_cuda_the_next_batch_is_being_read_while_this_one_is_used(lm, monkeyp
     assert log[0] == ("side", "waits for", "main")
     for size in (2, 1):
         used = log.index(("main", "uses", size))
-        assert log[:used].count(("main", "keeps", None)) == 5 * (3 - size)
+        assert log[:used].count(("main", "keeps", None)) == len(fields(Reading)) * (3 - size)
         assert ("main", "waits for", "side") in log[log.index(("side", "reads", size)) : used]
 
 

@@ -34,7 +34,7 @@ class Recorder:
 
 def report_steps(path, n, every=1, logger=None, **changes):
     lines = JsonLines(path)
-    reporter = Reporter(lines, logger, done=0, total=10 * n, progress=False)
+    reporter = Reporter(lines, logger, done=0, total=10 * n, warmup=0, progress=False)
     try:
         for step in range(1, n + 1):
             extra = {"masked_by_norm": [0, step]} if step % every == 0 or step == n else None
@@ -145,11 +145,14 @@ def test_a_logger_that_fails_later_does_not_end_the_run(tmp_path, monkeypatch, c
 
 def test_what_looks_ill_is_said_once(tmp_path, caplog):
     """More than 30 % dead latents, or a vector of more than 100 times the median norm."""
-    with JsonLines(tmp_path / "m") as lines, Reporter(lines, None, done=0, total=60, progress=False) as reporter:
-        for step, (dead, ratio) in enumerate([(0.3, 100.0), (0.31, 3.0), (0.5, 240.0), (0.6, 300.0)], 1):
+    with (
+        JsonLines(tmp_path / "m") as lines,
+        Reporter(lines, None, done=0, total=60, warmup=10, progress=False) as reporter,
+    ):
+        for step, (dead, ratio) in enumerate([(0.9, 900.0), (0.3, 100.0), (0.31, 3.0), (0.5, 240.0), (0.6, 300.0)], 1):
             healthy = step_report(step)
             reporter.report(type(healthy)(**{**vars(healthy), "dead_fraction": dead}), 10, {"norm_ratio": ratio})
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
-        "step 2: 31% of the latents are dead latents",
-        "step 3: a vector has 240 times the median norm of its layer",
+        "step 3: 31% of the latents are dead latents",
+        "step 4: a vector has 240 times the median norm of its layer",
     ]

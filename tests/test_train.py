@@ -471,7 +471,9 @@ def test_stopped_before_the_first_step_leaves_no_directory(run, tmp_path, monkey
 
 
 @pytest.mark.parametrize("at", [0, 1])
-@pytest.mark.parametrize("recipe", [{}, {"recipe": "lawson2024", "batch_size": 1, "dead_after_tokens": 64}])
+@pytest.mark.parametrize(
+    "recipe", [{}, {"recipe": "lawson2024", "batch_size": 1, "dead_after_tokens": 64, "tokens": 12 * CONTEXT}]
+)
 def test_stopped_in_a_validation_it_saves_and_validates_once_resumed(run, tmp_path, monkeypatch, recipe, at):
     """A validation can take long, so it is given up, with what it did to the clock, and done again from its start."""
     knobs = {**recipe, "validate_every_steps": 3, "validation_sequences": 6, "save_every_steps": 3}

@@ -160,7 +160,10 @@ class RunDirectory:
     def _check(self, directory: Path, *, sizes_only: bool = False) -> dict[str, Any]:
         """The manifest, once it and every file it names are as they were written, by a run of this config."""
         path = directory / "manifest.json"
-        manifest = files.read_json(path)
+        try:
+            manifest = files.read_json(path)
+        except ConfigError as error:
+            raise ResourceError(str(path), f"failed its checksum (manifest.json: {error.problem})") from error
         fields = (
             {key: value for key, value in manifest.items() if key != "sha256"} if isinstance(manifest, dict) else {}
         )

@@ -293,7 +293,7 @@ def _run(arguments: list[str]) -> int:
     if command.json_ not in (None, "-"):
         _probe(Path(command.json_))
     with _interruptible(arguments[0]):
-        _set_up_libraries(offline=command.offline)
+        _set_up_libraries(command)
         result, text = run(command)
     if command.json_ == "-":
         from mlsae.files import finite
@@ -440,10 +440,12 @@ def _set_up_logging() -> None:
     logger.setLevel(logging.WARNING)
 
 
-def _set_up_libraries(*, offline: bool) -> None:
-    """No bars, advice or telemetry of libraries, and no network if none is wanted; they look when they are imported."""
-    if offline:
+def _set_up_libraries(command: Output) -> None:
+    """No advice or telemetry of libraries, and no bars and no network if none are wanted; they look when they are imported."""
+    if command.offline:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline")
+    if command.quiet:
+        os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -115,6 +115,8 @@ def open_blocks(
     All of the text is packed, so that `tokens` of it are an even sample, but of a stream no more than `tokens`.
     """
     if isinstance(data, TokenBlocks):
+        if (theirs := data.info.tokenizer_fingerprint) != (ours := lm.tokenizer.fingerprint):
+            raise DataError("data", f"was packed with tokenizer {theirs[:12]}; {lm.name} has {ours[:12]}; pack it anew")
         return data
     limit = lm.context_length or BATCH_TOKENS
     length = min(BATCH_TOKENS, limit) if context_length is None else context_length

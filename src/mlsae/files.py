@@ -158,16 +158,23 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed: int | None = None) -> Generator[None]:
-    """Turn an OSError into the one sentence a user can act on; `needed` bytes were to be written."""
+    """Turn an OSError into the one sentence a user can act on, about the outermost path; `needed` bytes were to be written."""
     try:
         yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            needs = "" if needed is None else f"{needed / 1e6:.1f} MB needed, "
-            problem = f"disk full: {needs}{free_bytes(path) / 1e6:.1f} MB free; free some space and run again"
+    except (OSError, ResourceError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        if cause.errno in DISK_FULL:
+            needs = "" if needed is None else f"{_size(needed)} needed, "
+            problem = f"disk full: {needs}{_size(free_bytes(path))} free; free some space and run again"
         else:
-            problem = f"{error.strerror or error}; choose a folder you can write to"
-        raise ResourceError(str(path), problem) from error
+            problem = f"{cause.strerror or cause}; choose a folder you can write to"
+        raise ResourceError(str(path), problem) from cause
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 
 def on_full_disk(write: Callable[[], None]) -> None:
@@ -233,13 +240,30 @@ class RunLock:
             if not path.exists() or path.stat().st_ino != os.fstat(self._file.fileno()).st_ino:
                 raise BlockingIOError  # its holder removed it between open and flock: a lock on that file is no lock
         except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            holder = self._holder()
             self._file.close()
             raise ResourceError(str(directory), f"in use by {holder}; wait for it or choose another --out") from error
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self._file.flush()
+        try:
+            with disk_errors(directory):
+                self._file.truncate(0)
+                self._file.write(
+                    f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+                )
+                self._file.flush()
+        except ResourceError:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
+
+    def _holder(self) -> str:
+        """Who holds the lock; asked again for a second, because it is taken a moment before a name is written."""
+        for _ in range(50):
+            self._file.seek(0)
+            if holder := self._file.read().strip():
+                return holder
+            time.sleep(0.02)
+        return "another process"
 
     def release(self) -> None:
         """Give the directory to the next writer."""

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -41,6 +41,8 @@ _WELL_KNOWN = (
 SUPPORTED = "models built like GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma, Phi, OPT, BLOOM or Falcon are supported"
 SAFE_TRANSFORMERS = (5, 3)
 """Before it, a config.json could choose code to run: ours are walked, but one lock is less than two."""
+FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What a model consists of: its configs, weights and tokenizer, and no second copy of the weights in another format."""
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 """The largest index of weights or tokenizer config that is read."""
@@ -54,43 +56,43 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are."""
+    """Where a model's files are: a folder, given or downloaded."""
 
     name: str
-    config: Path
+    folder: Path
     revision: str | None
-    """Commit on the Hub, if known."""
-    local_only: bool
-    """A folder, or a Hub that cannot be reached: only what is on this disk."""
+    """Commit on the Hub, if it comes from there."""
 
 
-def locate(name: str, revision: str | None) -> Source:
-    """Find the config in a folder, on the Hub or, where that cannot be reached, in its cache."""
+def locate(name: str, revision: str | None, *, weights: bool) -> Source:
+    """Find a model in a folder, on the Hub or, where that cannot be reached, in its cache; without `weights`, only its config."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return _locate_on_hub(name, revision)
+        return _locate_on_hub(name, revision, FILES if weights else ("config.json", INDEX))
     _check_files(name, [path.name for path in folder.iterdir()])
-    return Source(str(folder), folder / "config.json", None, local_only=True)
+    return Source(str(folder), folder, None)
 
 
-def _locate_on_hub(name: str, revision: str | None) -> Source:
+def _locate_on_hub(name: str, revision: str | None, patterns: Sequence[str]) -> Source:
     unreachable = None
     with _hub_errors(name, revision):
         try:
             info = HfApi().model_info(name, revision=revision, timeout=10)
             _check_files(name, [file.rfilename for file in info.siblings or []])
-            revision = info.sha
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, ModelError):
             raise
         except Exception as error:  # no network, a proxy, a busy server: types differ between versions of the client
             unreachable = error
+        offline = unreachable is not None
         try:
-            local = unreachable is not None
-            config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local))
+            folder = Path(
+                snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=list(patterns))
+            )
         except LocalEntryNotFoundError as error:
             raise _not_cached(name, unreachable or error) from error
-    commit = config.parent.name if config.parent.parent.name == "snapshots" else revision
-    return Source(name, config, commit, local_only=local)
+    if not (folder / "config.json").is_file():
+        raise _not_cached(name, unreachable or FileNotFoundError())
+    return Source(name, folder, folder.name if folder.parent.name == "snapshots" else revision)
 
 
 @contextlib.contextmanager
@@ -107,7 +109,9 @@ def _hub_errors(name: str, revision: str | None) -> Generator[None]:
         raise ModelError("model", f"'{name}' not found on the Hub or as a folder{hint}") from None
     except RevisionNotFoundError:
         raise ModelError("model", f"'{name}' has no revision '{revision}'; name a branch, tag or commit") from None
-    except (EntryNotFoundError, HfHubHTTPError) as error:
+    except (EntryNotFoundError, HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+            raise  # this machine's fault, not the network's
         raise ModelError("model", f"'{name}' cannot be read from the Hub ({type(error).__name__}); try again") from None
 
 
@@ -125,16 +129,16 @@ def _check_files(name: str, files: Sequence[str]) -> None:
         raise ModelError(
             "model", f"'{name}' is an adapter of another model; merge it into that model and name the result"
         )
-    if not any(file.endswith(".safetensors") for file in files):
+    if not any(file.startswith("model") and file.endswith(".safetensors") for file in files):
         raise ModelError("model", f"'{name}' has no safetensors weights; see 'mlsae convert'")
 
 
 def read_config(source: Source) -> Any:
     """The Hugging Face config of a causal language model, built from a file that was walked first."""
-    name, found = printable(source.name), read_json(source.config)
+    name, found = printable(source.name), read_json(source.folder / "config.json")
     found = found if isinstance(found, dict) else {}
     values = _walked(found, name)
-    _check_index(source)
+    _check_index(source, whole=False)
     model_type = str(values.pop("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in found:
@@ -167,21 +171,10 @@ def _walked(value: Any, name: str, file: str = "config.json") -> Any:
     return {key: _walked(item, name, file) for key, item in value.items() if key not in chosen_by_us}
 
 
-def _file(source: Source, file: str) -> Path | None:
-    """One more of a model's files, downloaded if need be; None if it has none of that name."""
-    path = source.config.parent / file
-    if path.is_file() or source.local_only:
-        return path if path.is_file() else None
-    with _hub_errors(source.name, source.revision):
-        try:
-            return Path(hf_hub_download(source.name, file, revision=source.revision))
-        except EntryNotFoundError:
-            return None
-
-
-def _check_index(source: Source) -> None:
-    """Every file that an index of weights names is one of the model's own and, in a folder, there."""
-    if (path := _file(source, INDEX)) is None or (source.config.parent / "model.safetensors").is_file():
+def _check_index(source: Source, *, whole: bool) -> None:
+    """Every file that an index of weights names is one of the model's own."""
+    path = source.folder / INDEX
+    if not path.is_file() or (source.folder / "model.safetensors").is_file():
         return
     index, name = read_json(path, MAX_INDEX_BYTES), printable(source.name)
     weights = index.get("weight_map") if isinstance(index, dict) else None
@@ -190,7 +183,7 @@ def _check_index(source: Source) -> None:
     for file in sorted(set(weights.values())):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ModelError("model", f"'{name}' names '{printable(file)}' in its {INDEX}, which is no file of its own")
-        if source.local_only and not (path.parent / file).is_file():
+        if whole and not (source.folder / file).is_file():
             raise ModelError("model", f"'{name}' is not whole: {printable(file)} is missing; download it again")
 
 
@@ -198,7 +191,8 @@ def _check_tokenizer(source: Source) -> None:
     """The tokenizer's and generation's configs may no more choose code than the model's own."""
     name = printable(source.name)
     for file in ("tokenizer_config.json", "generation_config.json"):
-        found = read_json(path, MAX_INDEX_BYTES) if (path := _file(source, file)) is not None else {}
+        path = source.folder / file
+        found = read_json(path, MAX_INDEX_BYTES) if path.is_file() else {}
         _walked(found, name, file)
         chosen = found.get("tokenizer_class") if isinstance(found, dict) else None
         if isinstance(found, dict) and "auto_map" in found:
@@ -233,15 +227,15 @@ def shape_of(name: str, config: Any) -> LMShape:
 def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
     """The Hugging Face model, every weight of it from the file and every weight of the file in it."""
     name = printable(source.name)
+    _check_index(source, whole=True)
     if tuple(map(int, transformers.__version__.split(".")[:2])) < SAFE_TRANSFORMERS:
         _log.warning("transformers %s has flaws that 5.3 mended (CVE-2026-4372); upgrade it", transformers.__version__)
     auto: Any = AutoModelForCausalLM  # its annotations know nothing of the loading info
     try:
         hf, info = auto.from_pretrained(
-            source.name,
+            source.folder,
             config=config,
-            revision=source.revision or "main",
-            local_files_only=source.local_only,
+            local_files_only=True,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -261,10 +255,9 @@ def load_tokenizer(source: Source, config: Any) -> Any:
     _check_tokenizer(source)
     try:
         return AutoTokenizer.from_pretrained(
-            source.name,
+            source.folder,
             config=config,
-            revision=source.revision or "main",
-            local_files_only=source.local_only,
+            local_files_only=True,
             trust_remote_code=False,
         )
     except Exception as error:  # each tokenizer class fails in its own way

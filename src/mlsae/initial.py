@@ -32,7 +32,7 @@ def initialise(
     _set_norm_limit(sae, torch.cat(first, 1))
     moments, sample = Moments(*first[0].shape[::2]), _Sample()
     for resid in itertools.chain(first, batches):
-        resid = resid[:, sae.within_norm(resid).all(0)]
+        resid = resid[:, sae.within_norm(resid.norm(dim=-1)).all(0)]
         sample.add(resid, moments.n_tokens)
         moments.update(resid)
         if moments.n_tokens >= n_tokens:

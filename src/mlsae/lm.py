@@ -62,7 +62,7 @@ class LanguageModel:
         Raises:
             ModelError: the model is missing, unreachable, damaged or unsupported.
         """
-        source = hub.locate(str(id_or_dir), revision)
+        source = hub.locate(str(id_or_dir), revision, weights=True)
         config = hub.read_config(source)
         hub.shape_of(source.name, config)
         device = device if isinstance(device, torch.device) else devices.choose_device(device)
@@ -205,7 +205,7 @@ def read_shape(id_or_dir: str | Path, revision: str | None = None) -> LMShape:
     Raises:
         ModelError: the model is missing, unreachable or unsupported, as far as its config and its list of files tell.
     """
-    source = hub.locate(str(id_or_dir), revision)
+    source = hub.locate(str(id_or_dir), revision, weights=False)
     return hub.shape_of(source.name, hub.read_config(source))
 
 

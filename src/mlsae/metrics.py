@@ -88,14 +88,6 @@ class LayerQuality:
     """Mean over batches of the batch's mean squared error."""
 
 
-def norm_ratio(vectors: Float[Tensor, "layer token d_model"]) -> float:
-    """The largest norm as a multiple of the median norm of its layer, over the layers' largest; 0 without tokens."""
-    if not vectors.numel():
-        return 0.0
-    norms = vectors.norm(dim=-1)
-    return float((norms.amax(1) / norms.median(1).values.clamp_min(torch.finfo(norms.dtype).tiny)).max())
-
-
 class ReconstructionSums:
     """Streaming sums behind `LayerQuality`."""
 

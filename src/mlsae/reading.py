@@ -27,6 +27,8 @@ class Reading:
     """The visible vectors: what metrics and analyses are computed on."""
     beyond: Bool[Tensor, "layer batch pos"]
     """Vectors beyond their layer's limit, among those the first two rules left."""
+    norms: Float[Tensor, "layer batch pos"]
+    """Norms of the vectors that the first two rules left; 0 elsewhere."""
 
     @property
     def over_norm(self) -> Int[Tensor, " layer"]:
@@ -44,7 +46,8 @@ class Reading:
         parts = []
         for at in (slice(start, start + n) for start in range(0, len(self.tokens), n)):
             resid, visible = self.resid[:, at], self.visible[at]
-            parts.append(Reading(self.tokens[at], resid, visible, resid[:, visible], self.beyond[:, at]))
+            vectors, beyond, norms = resid[:, visible], self.beyond[:, at], self.norms[:, at]
+            parts.append(Reading(self.tokens[at], resid, visible, vectors, beyond, norms))
         return parts
 
 
@@ -55,9 +58,10 @@ def read(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"]) -> Rea
     config = sae.config
     keep = lm.keep_mask(tokens, special_tokens=config.mask_special_tokens, first_position=config.mask_first_position)
     resid = lm.resid(tokens, layers=config.layers)
-    within = sae.within_norm(resid)
+    norms = resid.norm(dim=-1)
+    within = sae.within_norm(norms)
     visible = keep & within.all(0)
-    return Reading(tokens, resid, visible, resid[:, visible], keep & ~within)
+    return Reading(tokens, resid, visible, resid[:, visible], keep & ~within, norms.where(keep, 0.0))
 
 
 def read_ahead(lm: LanguageModel, sae: MLSAE, batches: Iterable[Int[Tensor, "batch pos"]]) -> Iterator[Reading]:

@@ -15,7 +15,7 @@ from mlsae.trainer import StepReport
 
 SYMPTOMS = {
     "dead_fraction": (0.3, "{:.0%} of the latents are dead latents; lower lr, or raise k_aux or tokens"),
-    "norm_ratio": (100.0, "a vector has {:.0f} times the median norm of its layer; mask it with mask_norm_factor"),
+    "norm_ratio": (100.0, "a vector has {:.0f} times the median norm of its layer; mask_norm_factor leaves such out"),
 }
 """What is worth a warning when it exceeds its limit."""
 
@@ -116,8 +116,10 @@ class _TensorBoard:
 class Reporter:
     """The one place where training logs. The same run writes the same lines, but for the two wall-clock keys at the end."""
 
-    def __init__(self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, progress: bool):
-        self._metrics, self._logger = metrics, logger
+    def __init__(
+        self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, warmup: int, progress: bool
+    ):
+        self._metrics, self._logger, self._warmup, self._done = metrics, logger, warmup, done
         self._started = time.monotonic()
         self._tokens_here = 0
         self._warned: set[str] = set()
@@ -134,7 +136,8 @@ class Reporter:
             elapsed = time.monotonic() - self._started
             wall = {"elapsed_seconds": round(elapsed, 3), "tokens_per_second": round(self._tokens_here / elapsed, 1)}
             self._write({**report.to_dict(), **extra, **wall})
-            self._warn({**report.to_dict(), **extra})
+            if self._done + self._tokens_here > self._warmup:
+                self._warn({**report.to_dict(), **extra})
 
     def validated(self, step: int, tokens: int, fvu: float) -> None:
         """Write down a validation, on a line of its own: it may be done by another process than the step before it."""

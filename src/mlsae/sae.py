@@ -161,14 +161,13 @@ class MLSAE(nn.Module):
         code = self.encode(resid)
         return code, self.decode(code)
 
-    def within_norm(self, resid: Float[Tensor, "layer *batch d_model"]) -> Bool[Tensor, "layer *batch"]:
-        """Which vectors are no longer than their layer's limit; a token is masked when any of its vectors is.
+    def within_norm(self, norms: Float[Tensor, "layer *batch"]) -> Bool[Tensor, "layer *batch"]:
+        """Which vectors of the SAE's layers are no longer than their layer's limit; a token is masked when any of its is not.
 
         NaN is within the limit: it must reach the loss, which stops the run, and not be masked away.
         """
-        rows = self.rows(resid)
-        limit = self.norm_limit[rows] if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
-        return ~(resid.norm(dim=-1) > limit.view(-1, *[1] * (resid.ndim - 2)))
+        limit = self.norm_limit if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
+        return ~(norms > limit.view(-1, *[1] * (norms.ndim - 1)))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -245,8 +244,8 @@ class MLSAE(nn.Module):
         ):  # sizes before bytes: nothing is allocated for a config that the file does not bear out
             sae = cls(_read_config(directory / CONFIG_FILE))
         expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in sae.state_dict().items()}
-        tensors = files.load_tensors(directory / WEIGHTS_FILE, expected)
         _check_belongs(directory, sae.config)
+        tensors = files.load_tensors(directory / WEIGHTS_FILE, expected)
         if not allow_nonfinite:
             _refuse_nonfinite(tensors, directory)
         sae.load_state_dict(tensors, assign=True)

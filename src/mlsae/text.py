@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from huggingface_hub.errors import HTTPError
+
 from mlsae.errors import DataError, Interrupted, did_you_mean, printable
 from mlsae.textfiles import FORMATS, Row, is_readable, no_column, rows
 
@@ -211,18 +213,24 @@ def _split_named(inside: Path) -> str:
 
 def _hub_splits(data: str, streaming: bool) -> dict[str, Any]:
     """The splits of a Hub dataset, downloaded unless streaming."""
-    from datasets import load_dataset
-
-    found: Any = _ask_hub(load_dataset, data, streaming=streaming)
+    found: Any = _ask_hub(_datasets().load_dataset, data, streaming=streaming)
     return {str(name): dataset for name, dataset in found.items()}
 
 
 def _hub_commit(data: str) -> str:
     """The commit of a Hub dataset that would be read now."""
-    from datasets import load_dataset_builder
-
-    builder = _ask_hub(load_dataset_builder, data)
+    builder = _ask_hub(_datasets().load_dataset_builder, data)
     return f"{data}@{builder.hash}"
+
+
+def _datasets() -> Any:
+    """The library, told to ask nobody but the Hub, to count no downloads, and to leave trying again to us."""
+    import datasets
+    import datasets.config
+
+    datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    return datasets
 
 
 def _ask_hub(ask: Callable[..., _T], data: str, **options: Any) -> _T:
@@ -230,10 +238,14 @@ def _ask_hub(ask: Callable[..., _T], data: str, **options: Any) -> _T:
     if not _HUB_ID.fullmatch(data) or is_readable(Path(data)):
         raise DataError("data", f"'{data}': no such file or folder; check the path")
     name, _, config = data.partition(":")
-    try:
-        return ask(name, config or None, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError("data", _hub_problem(data, error)) from error
+    patience = _Patience(data)
+    while True:
+        try:
+            return ask(name, config or None, **options)
+        except (OSError, ValueError, RuntimeError, HTTPError) as error:
+            if isinstance(error, ConnectionError) or not _may_pass(error):  # no network at all is said at once
+                raise DataError("data", _hub_problem(data, error)) from error
+            patience.wait(error, "before its first row")
 
 
 def _hub_problem(data: str, error: Exception) -> str:
@@ -264,19 +276,42 @@ def _hub_part(data: str, dataset: Any, column: str) -> Part:
 
 
 def _hub_rows(data: str, dataset: Any, size: int | None) -> Iterator[Row]:
-    """Its rows; when the network fails, reopened at the same row, for up to half an hour without any progress."""
-    n_rows, waited, pause = 0, 0.0, 1.0
+    """Its rows; when the network fails, reopened at the same row."""
+    n_rows, patience = 0, _Patience(data)
     while True:
         try:
             for row in dataset.skip(n_rows) if n_rows else dataset:
-                n_rows, waited, pause = n_rows + 1, 0.0, 1.0
+                n_rows += 1
+                patience = _Patience(data)
                 yield Row(f"row {n_rows}", row, n_rows / size if size else None)
             return
-        except (ConnectionError, TimeoutError) as error:
-            if waited >= PATIENCE_SECONDS:
-                problem = f"the network failed for {waited:.0f} s after row {n_rows}; run the same command again"
-                raise Interrupted(data, problem) from error
-        except OSError as error:
-            raise DataError(data, f"cannot be read on: {printable(str(error))}; {n_rows} rows read so far") from error
-        time.sleep(pause * random.uniform(0.5, 1))
-        waited, pause = waited + pause, min(2 * pause, 60.0)
+        except (OSError, HTTPError) as error:
+            if not _may_pass(error):
+                raise DataError(
+                    data, f"cannot be read on: {printable(str(error))}; {n_rows} rows read so far"
+                ) from error
+            patience.wait(error, f"after row {n_rows}")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help: a broken connection, too many requests, a server in trouble."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return isinstance(error, ConnectionError | TimeoutError | HTTPError)
+
+
+class _Patience:
+    """Pauses that grow, for up to half an hour from when it was made."""
+
+    def __init__(self, data: str):
+        self._data, self._since, self._pause = data, time.monotonic(), 1.0
+
+    def wait(self, error: Exception, where: str) -> None:
+        """Sleep, or give up."""
+        waited = time.monotonic() - self._since
+        if waited >= PATIENCE_SECONDS:
+            problem = f"the network failed for {waited:.0f} s {where}; run the same command again"
+            raise Interrupted(self._data, problem) from error
+        time.sleep(self._pause * random.uniform(0.5, 1))
+        self._pause = min(2 * self._pause, 60.0)

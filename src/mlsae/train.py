@@ -16,9 +16,9 @@ from mlsae import devices, files
 from mlsae.checkpoint import Checkpoint, RunDirectory
 from mlsae.config import TrainConfig, resolve, sae_config
 from mlsae.data import TextSource, TokenBlocks, pack
-from mlsae.errors import DataError, Interrupted, NumericsError, ResourceError, out_of_memory
+from mlsae.errors import DataError, Interrupted, ModelError, NumericsError, ResourceError, out_of_memory
 from mlsae.lm import LanguageModel, read_shape
-from mlsae.metrics import ReconstructionSums, norm_ratio
+from mlsae.metrics import ReconstructionSums
 from mlsae.reading import Reading, check_pair, read, read_ahead
 from mlsae.reporting import Reporter, open_logger
 from mlsae.sae import MLSAE
@@ -125,6 +125,8 @@ class Loop:
         self.vectors = torch.empty(0)
         """Those of the micro-batch last learned from."""
         self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
+        self.largest_norm = torch.zeros(len(sae.layers))
+        """Since the last line of metrics.jsonl, of each layer's vectors, those beyond the norm limit too."""
         self.metrics_bytes = 0
         """Length of metrics.jsonl that belongs to what was resumed; what a killed process wrote after it is forgotten."""
         self.validation = self._validation_blocks()
@@ -152,11 +154,12 @@ class Loop:
 
     def _step(self) -> StepReport:
         """Read a step's text and learn from it; one that fails is undone, the state before it saved, the run ended."""
-        before = self.position, self.over_norm.clone()
+        before = self.position, self.over_norm.clone(), self.largest_norm
         try:
             for reading in self._readings():
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
                 self.over_norm += reading.over_norm.cpu()
+                self.largest_norm = self.largest_norm.maximum(reading.norms.amax((1, 2)).cpu())
                 self.vectors = reading.vectors
             return self.trainer.update()
         except (NumericsError, MemoryError, RuntimeError) as error:
@@ -168,7 +171,7 @@ class Loop:
             else:
                 raise
             self.trainer.abandon()
-            self.position, self.over_norm = before
+            self.position, self.over_norm, self.largest_norm = before
             self._ready = {}
             if self.trainer.steps:
                 with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
@@ -223,10 +226,11 @@ class Loop:
     def _positions(self) -> Iterator[int]:
         """Where each of the step's micro-batches begins; moves on as they are taken."""
         for _ in range(self.accumulation):
+            first, last = self.position - 1, self.position + self.batch - 1
+            if (passed := self.blocks.pass_of(last)) > self.blocks.pass_of(max(first, 0)):
+                log.warning("the text was read %d times and starts over", passed)
             yield self.position
             self.position += self.batch
-            if (passed := self.blocks.pass_of(self.position)) > self.blocks.pass_of(self.position - self.batch):
-                log.warning("the text was read %d times and starts over in a new order", passed)
 
     def _read(self, position: int, n: int) -> torch.Tensor:
         return self.blocks.read(position, n, seed=self.config.seed, order=self.config.rules.order)
@@ -248,7 +252,9 @@ class Loop:
         """What metrics.jsonl holds beside the report of the step just taken, if it has a line there."""
         if self.trainer.steps % (self.config.log_every_steps or 1) and self.trainer.steps < self.n_steps:
             return None
-        return {"masked_by_norm": self.over_norm.tolist(), "norm_ratio": norm_ratio(self.vectors)}
+        median = self.vectors.norm(dim=-1).median(1).values.cpu() if self.vectors.numel() else torch.tensor(torch.inf)
+        ratio, self.largest_norm = float((self.largest_norm / median).max()), torch.zeros_like(self.largest_norm)
+        return {"masked_by_norm": self.over_norm.tolist(), "norm_ratio": ratio}
 
     def _validate(self, reporter: Reporter) -> None:
         """The validation that is due after the step last taken. If it is stopped, the resumed run does it from its start."""
@@ -270,8 +276,14 @@ class Loop:
 
     def _save(self) -> None:
         """A checkpoint of this moment between two steps, and the SAE where `from_pretrained` finds it."""
-        state = {**self.trainer.state(), "over_norm": self.over_norm, "rng.torch": torch.get_rng_state()}
-        info = {"position": self.position, "validated": self.validated, "metrics_bytes": self.metrics.sync()}
+        counts = {"over_norm": self.over_norm, "largest_norm": self.largest_norm}
+        state = {**self.trainer.state(), **counts, "rng.torch": torch.get_rng_state()}
+        info = {
+            "position": self.position,
+            "validated": self.validated,
+            "metrics_bytes": self.metrics.sync(),
+            "tokenizer_fingerprint": self.lm.tokenizer.fingerprint,
+        }
         self.run_directory.save(
             Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, info),
             self.config.keep_checkpoints,
@@ -279,10 +291,15 @@ class Loop:
         self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
     def _load(self, checkpoint: Checkpoint) -> None:
+        theirs, ours = checkpoint.info["tokenizer_fingerprint"], self.lm.tokenizer.fingerprint
+        if theirs != ours:
+            raise ModelError(
+                "lm", f"its tokenizer is {ours[:12]}; the run read text with {theirs[:12]}; use that again"
+            )
         self.trainer.sae.load_state_dict(checkpoint.sae)
         self.trainer.load_state(checkpoint.state)
         torch.set_rng_state(checkpoint.state["rng.torch"])
-        self.over_norm = checkpoint.state["over_norm"]
+        self.over_norm, self.largest_norm = checkpoint.state["over_norm"], checkpoint.state["largest_norm"]
         self.position, self.validated = checkpoint.info["position"], checkpoint.info["validated"]
         self.metrics_bytes = checkpoint.info["metrics_bytes"]
         log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
@@ -293,11 +310,13 @@ class Loop:
             log.warning("the text holds %d tokens: training will take %.1f passes", self.blocks.n_tokens, passes)
 
     def _reporter(self) -> Reporter:
+        warmup = int((self.config.warmup_fraction or 0.0) * self.n_steps)
         return Reporter(
             self.metrics,
             open_logger(self.config.log_to, self.run_directory.path, self.config.to_dict()),
             done=self.trainer.steps * self.step_tokens,
             total=self.n_steps * self.step_tokens,
+            warmup=warmup * self.step_tokens,
             progress=self.progress,
         )
 
