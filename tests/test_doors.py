@@ -289,7 +289,7 @@ EXAMINED = {
     "checkpoint.py": {"self.steps()", "error.strerror"},
     "cli.py": {"command.out"},
     "data.py": {"blocks.info.complete"},
-    "files.py": {"os.environ.get('MLSAE_CACHE')", "error.strerror", "error.problem", "error.problem_mark"},
+    "files.py": {"os.environ.get('MLSAE_CACHE')", "cause.strerror", "error.problem", "error.problem_mark"},
     "hub.py": {"unreachable", "limit"},  # a limit of 0 positions means that there is none
     "lm.py": {"name", "revision"},
     "text.py": {"config", "named", "size"},  # a dataset of 0 rows weighs as one of 1

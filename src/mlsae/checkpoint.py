@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mlsae import files
+from mlsae.config import Config
 from mlsae.errors import ConfigError, ModelError, NumericsError, ResourceError
 from mlsae.sae import nonfinite
 
@@ -41,6 +43,29 @@ class Checkpoint:
     """Everything else that is a tensor: moments, variances, counters, random-number state."""
     info: dict[str, Any]
     """Everything else that is not: data position, length of metrics.jsonl."""
+
+
+class ManifestPart(Config):
+    """One file of a checkpoint."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class Manifest(Config):
+    """What manifest.json holds, and nothing else."""
+
+    format_version: int
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    device: str
+    config_sha256: str
+    python: str
+    mlsae: str
+    torch: str
+    transformers: str
+    threads: int
+    files: dict[Literal["sae.safetensors", "state.safetensors", "state.json"], ManifestPart]
+    sha256: str
 
 
 class _NewerFormat(ResourceError):
@@ -125,16 +150,17 @@ class RunDirectory:
             for old in self.steps()[:-keep]:
                 files.remove(old)
 
-    def load(self) -> Checkpoint:
+    def load(self, like: Checkpoint | None = None) -> Checkpoint:
         """The newest checkpoint whose every byte is as written; each one passed over is named and set aside.
 
+        With `like`, its tensors have that one's names, shapes and dtypes.
         Raises ResourceError if none verifies: never a silent fresh start.
         """
         reasons = []
         for directory in reversed(self.steps()):
             try:
                 manifest = self._check(directory)
-                checkpoint = _read(directory, manifest)
+                checkpoint = _read(directory, manifest, like)
             except _NewerFormat:
                 raise
             except (ConfigError, ModelError, ResourceError) as error:
@@ -173,11 +199,15 @@ class RunDirectory:
             or manifest["sha256"] != _digest(fields)
         ):
             raise ResourceError(str(path), "failed its checksum (manifest.json)")
-        if manifest["format_version"] > FORMAT_VERSION:
+        version = manifest.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise _NewerFormat(
                 str(path),
-                f"format {manifest['format_version']}; this version reads up to {FORMAT_VERSION}; upgrade mlsae",
+                f"format {version}; this version reads up to {FORMAT_VERSION}; upgrade mlsae",
             )
+        Manifest(**manifest)
+        if manifest["files"].keys() != set(PARTS):
+            raise ResourceError(str(path), f"does not name {', '.join(PARTS)}")
         if manifest["config_sha256"] != _config_digest(self.config):
             raise ResourceError(str(path), "is of a run with another config")
         for name in PARTS:
@@ -227,12 +257,20 @@ def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
     return files.canonical_json({**fields, "sha256": _digest(fields)})
 
 
-def _read(directory: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+def _read(directory: Path, manifest: Mapping[str, Any], like: Checkpoint | None) -> Checkpoint:
     """The checkpoint in a folder that was checked."""
-    sae, state = (files.load_tensors(directory / name) for name in ("sae.safetensors", "state.safetensors"))
+    kinds = (None, None) if like is None else (_kinds(like.sae), _kinds(like.state))
+    sae, state = (files.load_tensors(directory / name, kind) for name, kind in zip(PARTS[:2], kinds, strict=True))
     if (name := nonfinite({**sae, **state})) is not None:
         raise ResourceError(str(directory), f"holds NaN or infinity ({name})")
-    return Checkpoint(manifest["step"], sae, state, files.read_json(directory / "state.json"))
+    info = files.read_json(directory / "state.json")
+    if not isinstance(info, dict):
+        raise ResourceError(str(directory / "state.json"), "holds no mapping of keys")
+    return Checkpoint(manifest["step"], sae, state, info)
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:

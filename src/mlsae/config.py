@@ -185,9 +185,9 @@ class DictionaryFields(Config):
 class MLSAEConfig(DictionaryFields):
     """The shape and conventions of one SAE: everything `from_pretrained` needs besides the weights."""
 
-    d_model: Annotated[int, Field(ge=1)]
+    d_model: Annotated[int, Field(ge=1, le=10**6)]
     """Width of the residual stream."""
-    n_latents: Annotated[int, Field(ge=1)] = 0
+    n_latents: Annotated[int, Field(ge=1, le=10**10)] = 0
     """Latents in all, over all groups; 0: expansion_factor says it."""
     expansion_factor: Annotated[float, Field(gt=0)] = 0.0
     """Latents of one dictionary as a multiple of d_model; 0: n_latents says it, or 16."""

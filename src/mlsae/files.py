@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64"}
+_DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64", "torch.uint8": "U8"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PAUSES = (1, 2, 4)
 """Seconds between attempts to write to a full disk."""
 MAX_JSON_BYTES = 1 << 20
 MAX_JSON_DEPTH = 32
-MAX_HEADER_BYTES = 100 << 20
+MAX_HEADER_BYTES = 8 << 20
+"""Of a safetensors file: a few hundred bytes a tensor."""
+MAX_JSONL_BYTES = 256 << 20
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -222,9 +224,10 @@ def cache_directory() -> Path:
 
 def contained(root: Path, name: str) -> Path:
     """`root / name`, refused unless it stays inside `root`."""
-    if "\0" in name or not (path := (root / name).resolve()).is_relative_to(root.resolve()):
-        raise ResourceError(str(root), f"{name!r} leads outside the folder; use a plain name")
-    return path
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, a circle of links, no file name
+        if "\0" not in name and (path := (root / name).resolve()).is_relative_to(root.resolve()):
+            return path
+    raise ResourceError(str(root), f"{name!r} leads outside the folder; use a plain name")
 
 
 class RunLock:
@@ -362,7 +365,7 @@ def tensors_metadata(path: Path) -> dict[str, str]:
     """What `save_tensors` was given beside the tensors."""
     from safetensors import SafetensorError, safe_open
 
-    _check_header(path)
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -376,7 +379,7 @@ def load_tensors(
     """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first."""
     from safetensors import SafetensorError, safe_open
 
-    _check_header(path)
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -386,19 +389,24 @@ def load_tensors(
                     path, found, {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
                 )
             return {name: file.get_tensor(name) for name in slices}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
 
 
-def _check_header(path: Path) -> None:
-    """Refuse a header that claims more bytes than the file has, before any library reads it."""
+def check_header(path: Path) -> None:
+    """Refuse a safetensors header of more bytes than there are or should be, or with a name twice, before a library reads it."""
     if not path.is_file():
         raise ModelError(str(path), "no such file; name a folder that save_pretrained wrote")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
-        raise ModelError(str(path), f"not a safetensors file (header of {header} bytes in a file of {size})")
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
+    if not header:
+        raise ModelError(str(path), f"not a safetensors file (header of {length} bytes in a file of {size})")
+    try:
+        parse_json(header.decode(), path)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
 
 
 def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -415,7 +423,7 @@ def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
             raise ModelError(str(path), f"tensor '{name}' is {found[name][0]}; it must be {kind}")
 
 
-def _read_small(path: Path, max_bytes: int) -> str:
+def _read_small(path: Path, max_bytes: int, *, empty: bool = False) -> str:
     if not path.is_file():
         raise ConfigError(str(path), "no such file")
     if path.stat().st_size > max_bytes:
@@ -426,7 +434,7 @@ def _read_small(path: Path, max_bytes: int) -> str:
         raise ConfigError(str(path), f"byte {error.start}: not UTF-8") from error
     if text.startswith("\ufeff"):
         raise ConfigError(str(path), "line 1, column 1: starts with a byte-order mark; save it as plain UTF-8")
-    if not text.strip():
+    if not text.strip() and not empty:
         raise ConfigError(str(path), "line 1, column 1: the file is empty")
     return text
 
@@ -476,5 +484,8 @@ _PlainYaml.add_implicit_resolver(
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = _read_small(path, MAX_JSONL_BYTES, empty=True).split("\n")
+    records = [parse_json(line, path) for line in lines[:-1] if line]
+    if odd := [record for record in records if not isinstance(record, dict)]:
+        raise ConfigError(str(path), f"holds {_kind(odd[0])} where a line is an object; not a file of ours")
+    return records

@@ -5,6 +5,8 @@ transformers never sees a config.json that was not walked first; what the Hub an
 
 import contextlib
 import logging
+import os
+import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 from mlsae.config import LMShape
 from mlsae.errors import ModelError, did_you_mean, printable
-from mlsae.files import read_json
+from mlsae.files import check_header, read_json
 
 _PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")
 _WELL_KNOWN = (
@@ -44,13 +46,15 @@ SAFE_TRANSFORMERS = (5, 3)
 FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
 """What a model consists of: its configs, weights and tokenizer, and no second copy of the weights in another format."""
 INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 64 << 20
-"""The largest index of weights or tokenizer config that is read."""
+MAX_INDEX_BYTES, MAX_SIDE_BYTES = 64 << 20, 100 << 20
+"""The largest index of weights or tokenizer config that is read, and the largest file beside the weights."""
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
+_REFUSED_KEYS = ("trust_remote_code", "quantization_config", "transformers_weights")
 _INERT_KEYS = (
     *("_name_or_path", "_model_name_or_path", "_commit_hash", "_num_labels", "_sliding_window_pattern"),
     *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_from_model_config"),
 )
+_REVISION = re.compile(r"\w[\w./-]*")
 _log = logging.getLogger(__name__)
 
 
@@ -66,14 +70,16 @@ class Source:
 
 def locate(name: str, revision: str | None, *, weights: bool) -> Source:
     """Find a model in a folder, on the Hub or, where that cannot be reached, in its cache; without `weights`, only its config."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):  # which, unlike Path's, says no to a name that is too long
         return _locate_on_hub(name, revision, FILES if weights else ("config.json", INDEX))
     _check_files(name, [path.name for path in folder.iterdir()])
     return Source(str(folder), folder, None)
 
 
 def _locate_on_hub(name: str, revision: str | None, patterns: Sequence[str]) -> Source:
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise ModelError("model", f"'{printable(revision)}' is no revision; name a branch, tag or commit")
     unreachable = None
     with _hub_errors(name, revision):
         try:
@@ -165,7 +171,7 @@ def _walked(value: Any, name: str, file: str = "config.json") -> Any:
     for key, item in value.items():
         attention = "attn_implementation" in key and (isinstance(item, dict) or item not in _ATTENTION)
         private = key.startswith("_") and item and key not in _INERT_KEYS
-        if key in ("trust_remote_code", "quantization_config") or attention or private:
+        if key in _REFUSED_KEYS or attention or private:
             raise ModelError("model", f"'{name}' has '{printable(key)}' in its {file}; not supported")
     chosen_by_us = ("auto_map", *(key for key in value if key.startswith("_") or "attn_implementation" in key))
     return {key: _walked(item, name, file) for key, item in value.items() if key not in chosen_by_us}
@@ -187,9 +193,22 @@ def _check_index(source: Source, *, whole: bool) -> None:
             raise ModelError("model", f"'{name}' is not whole: {printable(file)} is missing; download it again")
 
 
+def _check_weights(source: Source, shape: LMShape) -> None:
+    """Headers that can be true, and weights enough for the layers that the config claims: nothing is built before."""
+    weights = [path for path in source.folder.glob("model*.safetensors") if path.is_file()]
+    for path in weights:
+        check_header(path)
+    if (size := sum(path.stat().st_size for path in weights)) < shape.n_layers * shape.d_model**2:
+        claims = f"{shape.n_layers} layers of width {shape.d_model} in its config.json"
+        raise ModelError("model", f"'{printable(source.name)}' has {claims} and {size} bytes of weights; get it again")
+
+
 def _check_tokenizer(source: Source) -> None:
     """The tokenizer's and generation's configs may no more choose code than the model's own."""
     name = printable(source.name)
+    for path in (*source.folder.glob("*.json"), *source.folder.glob("*.model")):
+        if path.stat().st_size > MAX_SIDE_BYTES:
+            raise ModelError("model", f"'{name}' has a {printable(path.name)} of {path.stat().st_size} bytes; not read")
     for file in ("tokenizer_config.json", "generation_config.json"):
         path = source.folder / file
         found = read_json(path, MAX_INDEX_BYTES) if path.is_file() else {}
@@ -228,6 +247,7 @@ def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
     """The Hugging Face model, every weight of it from the file and every weight of the file in it."""
     name = printable(source.name)
     _check_index(source, whole=True)
+    _check_weights(source, shape_of(source.name, config))
     if tuple(map(int, transformers.__version__.split(".")[:2])) < SAFE_TRANSFORMERS:
         _log.warning("transformers %s has flaws that 5.3 mended (CVE-2026-4372); upgrade it", transformers.__version__)
     auto: Any = AutoModelForCausalLM  # its annotations know nothing of the loading info
@@ -241,7 +261,7 @@ def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None):
             raise  # this machine's fault, not the model's
         raise ModelError("model", f"'{name}' cannot be loaded ({printable(str(error))[:300]})") from error

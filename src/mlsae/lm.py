@@ -67,8 +67,8 @@ class LanguageModel:
         hub.shape_of(source.name, config)
         device = device if isinstance(device, torch.device) else devices.choose_device(device)
         dtype = dtype if isinstance(dtype, torch.dtype) else devices.lm_dtype(dtype, device)
-        hf = hub.load_weights(source, config, dtype).to(device)
         tokenizer = Tokenizer(hub.load_tokenizer(source, config), separator_token)
+        hf = hub.load_weights(source, config, dtype).to(device)
         return cls(hf, tokenizer, name=source.name, revision=source.revision)
 
     @property

@@ -7,6 +7,7 @@ frame, that layer's own mean and scale.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,9 +277,9 @@ def _check_belongs(directory: Path, config: MLSAEConfig) -> None:
 def _find(id_or_dir: str | Path, revision: str | None) -> Path:
     """The folder that holds config.json: the one given, its `sae/`, or a download."""
     for directory in (Path(id_or_dir) / "sae", Path(id_or_dir)):
-        if (directory / CONFIG_FILE).is_file() and (directory / WEIGHTS_FILE).is_file():
+        if os.path.isfile(directory / CONFIG_FILE) and os.path.isfile(directory / WEIGHTS_FILE):
             return directory
-    if Path(id_or_dir).exists():
+    if os.path.exists(id_or_dir):
         raise ModelError(
             "sae", f"'{id_or_dir}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}; name a run or an SAE folder"
         )

@@ -7,6 +7,7 @@ document stays in its split wherever it stands.
 """
 
 import hashlib
+import os
 import random
 import re
 import time
@@ -65,7 +66,7 @@ class TextSource:
 
     def fingerprint(self) -> str:
         """SHA-256 that changes when the text may: files' paths, sizes and times, or the Hub commit, and our fields."""
-        if Path(self.data).exists():
+        if os.path.exists(self.data):
             files, divided = self._chosen(_files_by_split(Path(self.data)))
             found = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in chain(*files)]
         else:
@@ -75,13 +76,13 @@ class TextSource:
 
     def named_splits(self) -> tuple[str, ...]:
         """The splits that the data itself names; nothing is read, of a Hub dataset at most downloaded."""
-        if Path(self.data).exists():
+        if os.path.exists(self.data):
             return tuple(name for name in _files_by_split(Path(self.data)) if name)
         return tuple(_hub_splits(self.data, self.streaming))
 
     def parts(self) -> tuple[list[Part], bool]:
         """What to read, and whether its documents are still to be divided by hash."""
-        if Path(self.data).exists():
+        if os.path.exists(self.data):
             files, divided = self._chosen(_files_by_split(Path(self.data)))
             return [Part(str(f), partial(rows, f, self.text_column), f.stat().st_size) for f in chain(*files)], divided
         datasets, divided = self._chosen(_hub_splits(self.data, self.streaming))
@@ -228,8 +229,9 @@ def _datasets() -> Any:
     import datasets
     import datasets.config
 
-    datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    settings: Any = datasets.config
+    settings.USE_PARQUET_EXPORT = settings.HF_UPDATE_DOWNLOAD_COUNTS = False
+    settings.STREAMING_READ_MAX_RETRIES = settings.STREAMING_OPEN_MAX_RETRIES = 1
     return datasets
 
 

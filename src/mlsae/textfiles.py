@@ -23,8 +23,12 @@ MIN_PASSAGE, MAX_PASSAGE = 2_000, 20_000
 MAX_LINE_BYTES = 64 << 20
 MAX_EXPANSION, MAX_EXPANDED_BYTES = 200, 20 * 10**9
 """A compressed file may hold this many times its own size (text shrinks 3 to 5 times), and this many bytes."""
-SMALL_BYTES = 1 << 20
-"""Whatever its ratio, a compressed file may hold this much."""
+SMALL_BYTES, SLACK_BYTES = 1 << 20, 64 << 20
+"""Whatever its ratio, a compressed file may hold this much, and a part of one that much."""
+
+
+ROWS = 16
+"""Rows of a table decoded at once, of which each may be long."""
 
 
 class Row(NamedTuple):
@@ -93,9 +97,10 @@ class _Input:
         """Share of the file's own bytes read so far."""
         return self.file.tell() / self.size
 
-    def check_expansion(self, n_bytes: int) -> None:
-        """Refuse a file of which `n_bytes` were expanded and that is far more than text can shrink."""
-        if n_bytes > min(MAX_EXPANDED_BYTES, max(SMALL_BYTES, MAX_EXPANSION * self.size)):
+    def check_expansion(self, n_bytes: int, n_read: int | None = None) -> None:
+        """Refuse a file of which `n_bytes` were expanded (from `n_read`) and that is far more than text can shrink."""
+        of_what_was_read = max(SLACK_BYTES, MAX_EXPANSION * (self.size if n_read is None else n_read))
+        if n_bytes > min(MAX_EXPANDED_BYTES, max(SMALL_BYTES, MAX_EXPANSION * self.size), of_what_was_read):
             limit = f"at most {MAX_EXPANSION} times its size and {MAX_EXPANDED_BYTES / 1e9:g} GB are read"
             raise DataError(str(self.path), f"expands to {n_bytes} bytes or more; {limit}; expand it yourself first")
 
@@ -149,7 +154,7 @@ class _Expanded(io.RawIOBase):
         self._ready = memoryview(self._decompressor.decompress(bite))
         self._waiting = self._decompressor.unused_data
         self._n_bytes += len(self._ready)
-        self._source.check_expansion(self._n_bytes)
+        self._source.check_expansion(self._n_bytes, self._source.file.tell())
         return True
 
 
@@ -227,7 +232,7 @@ def _parquet_rows(source: _Input, column: str) -> Iterator[Row]:
 
     with pq.ParquetFile(source.path) as file:
         _check_column(source, column, file.schema_arrow)
-        batches = file.iter_batches(batch_size=256, columns=[column])
+        batches = file.iter_batches(batch_size=ROWS, columns=[column])
         yield from _column_rows(source, column, batches, file.metadata.num_rows)
 
 
@@ -238,7 +243,7 @@ def _arrow_rows(source: _Input, column: str) -> Iterator[Row]:
     with pa.memory_map(str(source.path)) as file, pa.ipc.open_stream(file) as stream:
         _check_column(source, column, stream.schema)
         table = stream.read_all()  # a view of the map, not a copy
-        yield from _column_rows(source, column, table.select([column]).to_batches(256), table.num_rows)
+        yield from _column_rows(source, column, table.select([column]).to_batches(ROWS), table.num_rows)
 
 
 def _check_column(source: _Input, column: str, schema: Any) -> None:

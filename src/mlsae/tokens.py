@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mlsae.errors import ConfigError, printable
+from mlsae.errors import ConfigError, ModelError, printable
 
 # Every tokenizer that differs in merges, pre-tokenizer, digits, white space or special tokens gives other ids for this.
 _PROBE = (
@@ -52,7 +52,7 @@ class Tokenizer:
     @cached_property
     def bos_id(self) -> int | None:
         """The token that the tokenizer puts before every text, or None."""
-        first = self.hf("a", verbose=False).input_ids[:1]
+        first = self._ids("a")[:1]
         return int(first[0]) if first and first[0] == self.hf.bos_token_id else None
 
     @cached_property
@@ -65,16 +65,16 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the ids of a fixed text and of the special ids: tells tokenizers of the same size apart."""
-        ids = self.hf(_PROBE, add_special_tokens=False, verbose=False).input_ids
+        ids = self._ids(_PROBE, add_special_tokens=False)
         return hashlib.sha256(repr((ids, sorted(self.special_ids), self.bos_id)).encode()).hexdigest()
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each document, without BOS, EOS or truncation."""
-        return self.hf(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+        return self._ids(list(texts), add_special_tokens=False) if texts else []
 
     def prompts(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids as the tokenizer itself would send them to its model, padded on the right with a special token."""
-        rows = [self.hf(text, verbose=False).input_ids for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = [self._ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not rows or not all(rows):
             raise ConfigError("text", "empty; give at least one character")
         width = max(map(len, rows))
@@ -83,6 +83,14 @@ class Tokenizer:
     def strings(self, ids: Sequence[int]) -> list[str]:
         """Each token as a person reads it, control characters escaped."""
         return [printable(self.hf.decode([i])) for i in ids]
+
+    def _ids(self, text: str | list[str], **options: Any) -> Any:
+        try:
+            return self.hf(text, verbose=False, **options).input_ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # how Rust fails: no Exception, and of no module to import
+                raise
+            raise ModelError("model", f"its tokenizer failed on a text ({printable(str(error))[:200]})") from error
 
     @property
     def _padding_id(self) -> int:

@@ -2,19 +2,21 @@
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from mlsae import devices, files
 from mlsae.checkpoint import Checkpoint, RunDirectory
-from mlsae.config import TrainConfig, resolve, sae_config
+from mlsae.config import Config, TrainConfig, resolve, sae_config
 from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import DataError, Interrupted, ModelError, NumericsError, ResourceError, out_of_memory
 from mlsae.lm import LanguageModel, read_shape
@@ -92,6 +94,19 @@ READ_TOKENS = 1024
 """Tokens of a forward pass below which several are made one: a language model reads a few short sequences slowly."""
 
 
+class Progress(Config):
+    """How far a run is: state.json of its checkpoints."""
+
+    position: Annotated[int, Field(ge=0, lt=2**62)]
+    """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
+    validated: Annotated[int, Field(ge=0)]
+    """Step after which the last validation was."""
+    metrics_bytes: Annotated[int, Field(ge=0, lt=2**62)]
+    """Length of metrics.jsonl that belongs to it; what a killed process wrote after it is forgotten."""
+    tokenizer_fingerprint: str
+    """SHA-256 that tells the tokenizer from others."""
+
+
 class Loop:
     """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop."""
 
@@ -133,7 +148,8 @@ class Loop:
         self.validated = 0
         """Step after which the last validation was."""
         if resume:
-            self._load(run.load())
+            self.trainer.variance = torch.zeros(len(sae.layers))  # one of the tensors there will be
+            self._load(run.load(like=self._checkpoint(metrics_bytes=0)))
         else:
             self._say_passes()
             self.trainer.initialise(self._sample())
@@ -276,22 +292,25 @@ class Loop:
 
     def _save(self) -> None:
         """A checkpoint of this moment between two steps, and the SAE where `from_pretrained` finds it."""
-        counts = {"over_norm": self.over_norm, "largest_norm": self.largest_norm}
-        state = {**self.trainer.state(), **counts, "rng.torch": torch.get_rng_state()}
-        info = {
-            "position": self.position,
-            "validated": self.validated,
-            "metrics_bytes": self.metrics.sync(),
-            "tokenizer_fingerprint": self.lm.tokenizer.fingerprint,
-        }
-        self.run_directory.save(
-            Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, info),
-            self.config.keep_checkpoints,
-        )
+        checkpoint = self._checkpoint(metrics_bytes=self.metrics.sync())
+        self.run_directory.save(checkpoint, self.config.keep_checkpoints)
         self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
+    def _checkpoint(self, *, metrics_bytes: int) -> Checkpoint:
+        """Everything that a run is, between two steps. Live tensors: they are to be saved at once."""
+        counts = {"over_norm": self.over_norm, "largest_norm": self.largest_norm}
+        state = {**self.trainer.state(), **counts, "rng.torch": torch.get_rng_state()}
+        progress = Progress(
+            position=self.position,
+            validated=self.validated,
+            metrics_bytes=metrics_bytes,
+            tokenizer_fingerprint=self.lm.tokenizer.fingerprint,
+        )
+        return Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, progress.to_dict())
+
     def _load(self, checkpoint: Checkpoint) -> None:
-        theirs, ours = checkpoint.info["tokenizer_fingerprint"], self.lm.tokenizer.fingerprint
+        progress = Progress(**checkpoint.info)
+        theirs, ours = progress.tokenizer_fingerprint, self.lm.tokenizer.fingerprint
         if theirs != ours:
             raise ModelError(
                 "lm", f"its tokenizer is {ours[:12]}; the run read text with {theirs[:12]}; use that again"
@@ -300,8 +319,8 @@ class Loop:
         self.trainer.load_state(checkpoint.state)
         torch.set_rng_state(checkpoint.state["rng.torch"])
         self.over_norm, self.largest_norm = checkpoint.state["over_norm"], checkpoint.state["largest_norm"]
-        self.position, self.validated = checkpoint.info["position"], checkpoint.info["validated"]
-        self.metrics_bytes = checkpoint.info["metrics_bytes"]
+        self.position, self.validated = progress.position, progress.validated
+        self.metrics_bytes = progress.metrics_bytes
         log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
 
     def _say_passes(self) -> None:
@@ -366,7 +385,7 @@ def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
 
 
 def _whole_path(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
 class StopFlag:
