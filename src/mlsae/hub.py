@@ -144,7 +144,7 @@ def read_config(source: Source) -> Any:
     name, found = printable(source.name), read_json(source.folder / "config.json")
     found = found if isinstance(found, dict) else {}
     values = _walked(found, name)
-    _check_index(source, whole=False)
+    _check_index(source, whole=source.revision is None)  # of a model on the Hub, the weights may come later
     model_type = str(values.pop("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in found:

@@ -324,6 +324,11 @@ class Loop:
         log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
 
     def _say_passes(self) -> None:
+        info = self.blocks.info
+        if info.n_skipped_rows or info.n_empty_documents:
+            log.warning("the text: %s", self.blocks.summary())
+        if (used := self.n_steps * self.step_tokens) + self.step_tokens <= self.config.tokens:
+            log.warning("the text ends after %d of %d tokens: training takes no more", used, self.config.tokens)
         passes = self.n_steps * self.batch * self.accumulation / len(self.blocks)
         if passes > 1:
             log.warning("the text holds %d tokens: training will take %.1f passes", self.blocks.n_tokens, passes)
