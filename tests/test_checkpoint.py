@@ -232,7 +232,7 @@ def test_when_all_are_damaged_each_is_listed_and_none_is_moved(start):
     with pytest.raises(ResourceError) as caught:
         run.load()
     assert "step-00000001 failed its size check (sae.safetensors)" in str(caught.value)
-    assert "step-00000002 line 1, column 2: not JSON" in str(caught.value)
+    assert "step-00000002 failed its checksum (manifest.json: line 1, column 2: not JSON" in str(caught.value)
     assert len(run.steps()) == 2
 
 

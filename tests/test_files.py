@@ -173,8 +173,8 @@ def test_sweep_removes_what_a_crash_left_and_nothing_else(tmp_path):
 
 def test_a_full_disk_is_said_in_words(tmp_path):
     with (
-        pytest.raises(ResourceError, match=r"disk full with \d+ MB free.*--resume") as caught,
-        files.disk_errors(tmp_path),
+        pytest.raises(ResourceError, match=r"disk full: 12.3 MB needed, \S+ MB free; free some space") as caught,
+        files.disk_errors(tmp_path, 12_345_678),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(tmp_path) in str(caught.value)
@@ -363,6 +363,60 @@ def test_lines_on_a_full_disk_are_refused_in_words(tmp_path, monkeypatch, call):
     finally:
         with contextlib.suppress(OSError, ResourceError):
             lines.close()
+
+
+@pytest.mark.parametrize("n_failures", [0, 1, 3, 4])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_tried_again_three_times(tmp_path, caplog, n_failures, code):
+    """What somebody else deletes meanwhile may be enough; each attempt is announced, and the last failure is said."""
+    calls = []
+
+    def write():
+        calls.append(1)
+        with files.disk_errors(tmp_path / "a"):
+            if len(calls) <= n_failures:
+                raise OSError(code, os.strerror(code))
+
+    if n_failures > 3:
+        with pytest.raises(ResourceError, match="disk full"):
+            files.on_full_disk(write)
+    else:
+        files.on_full_disk(write)
+    assert len(calls) == min(n_failures + 1, 4)
+    assert caplog.text.count("trying again in") == min(n_failures, 3)
+
+
+def test_a_disk_that_fails_in_another_way_is_not_tried_again(tmp_path):
+    calls = []
+
+    def write():
+        calls.append(1)
+        with files.disk_errors(tmp_path):
+            raise OSError(errno.EIO, "I/O error")
+
+    with pytest.raises(ResourceError, match="I/O error"):
+        files.on_full_disk(write)
+    assert len(calls) == 1
+
+
+def test_a_line_half_of_which_fits_is_taken_back_and_written_whole_once_there_is_room(tmp_path, monkeypatch):
+    lines = files.JsonLines(tmp_path / "a")
+    lines.append({"step": 1})
+    real, room = lines._file, iter([5, 3])
+
+    class Full:
+        """A file that takes a few bytes, twice, and then everything."""
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def write(self, line):
+            return real.write(line[: next(room, len(line))])
+
+    monkeypatch.setattr(lines, "_file", Full())
+    lines.append({"step": 2})
+    lines.close()
+    assert files.read_jsonl(tmp_path / "a") == [{"step": 1}, {"step": 2}]
 
 
 def test_a_folder_that_cannot_hold_lines(tmp_path):

@@ -517,7 +517,7 @@ def test_gated_files_of_a_listed_repository(monkeypatch: pytest.MonkeyPatch):
     files = [{"rfilename": name} for name in ("config.json", "model.safetensors")]
     listing = huggingface_hub.ModelInfo(id="org/lm", sha="a" * 40, siblings=files)
     monkeypatch.setattr(mlsae.hub.HfApi, "model_info", lambda *args, **kwargs: listing)
-    monkeypatch.setattr(mlsae.hub, "hf_hub_download", download)
+    monkeypatch.setattr(mlsae.hub, "snapshot_download", download)
     assert "is gated" in refused("org/lm")
 
 

@@ -287,8 +287,8 @@ class JsonLines:
 
         def write() -> None:
             with disk_errors(self._path, len(line)):
-                self._file.truncate(length)
                 if self._file.write(line) < len(line):
+                    self._file.truncate(length)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         on_full_disk(write)
