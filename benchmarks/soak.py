@@ -40,6 +40,18 @@ def killed(folder: Path, kills: int, seed: int) -> Row:
     return f"{tally.kills} kills ({where}), {resumes}: {exact} of {tally.runs} runs exact", tally.stuck + tally.inexact
 
 
+def asked(folder: Path, signals: int, seed: int) -> Row:
+    """SIGINT and SIGTERM: saved, exit 75, and the resumed run ends in the bits of the one that was left alone."""
+    trainers = runs.Trainers(folder)
+    try:
+        tally = runs.asked(trainers, folder, signals=signals, seed=seed)
+    finally:
+        trainers.close()
+    exact = tally.runs - len(tally.stuck) - len(tally.inexact)
+    what = f"{tally.kills} signals ({tally.inside} in a validation): all saved, {exact} of {tally.runs} runs exact"
+    return what, tally.stuck + tally.inexact
+
+
 def refused(folder: Path) -> Row:
     """Every call that changes the disk refused, once or for good, in every way."""
     n, wrong = 0, []
@@ -95,6 +107,7 @@ def main() -> int:
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], Row]]]:
     """The rows of the table."""
     yield "process killed", lambda folder: killed(folder, options.kills, options.seed)
+    yield "asked to stop", lambda folder: asked(folder, options.kills // 2, options.seed)
     yield "disk refuses", refused
     yield "machine crashes", crashed
     yield "files damaged", lambda folder: damaged(folder, options.damages)

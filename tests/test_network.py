@@ -527,6 +527,30 @@ def test_an_outage_without_end_is_waited_out_for_half_an_hour(hub, online, lm_fo
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("part", ["/api/datasets/", "/train-"], ids=["its names", "its rows"])
+def test_asked_to_stop_while_the_network_stalls_it_stops_at_once(hub, online, lm_folder, tmp_path, part, number):
+    asked = []
+    hub.faults = lambda request: "stall" if part in request.path else None
+
+    def stop(pid):
+        deadline = time.monotonic() + 60
+        while not any(part in request.path for request in hub.requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        asked.append(time.monotonic())
+        os.kill(pid, number)
+
+    line = train_command("--streaming", lm=lm_folder, data="org/jsonl", out=tmp_path / "run")
+    outcome = online.run("commands", line, meanwhile=stop, MLSAE_CACHE=str(tmp_path / "cache"))
+    assert time.monotonic() - asked[0] < 5
+    assert (
+        sentence(outcome, 75, warned=True) == "error: train: stopped; nothing was written; run the same command again"
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 # ---- the same tokens -------------------------------------------------------------------------------------------------
 
 STEPS = 24

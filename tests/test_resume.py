@@ -55,7 +55,7 @@ def attempt(config, resume, reads, stop=None, vitals=False):
     module = importlib.import_module("mlsae.train")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote: syncing costs time and shows nothing
-    save, readings, step = RunDirectory.save, module.Loop._readings, module.Loop._step
+    save, readings, step, validate = RunDirectory.save, module.Loop._readings, module.Loop._step, module.validate
 
     def told_save(self, checkpoint, keep):
         tell(save=checkpoint.step)
@@ -70,6 +70,10 @@ def attempt(config, resume, reads, stop=None, vitals=False):
         torch.rand(1)  # a step that drew a number would go on from the same state
         return step(self)
 
+    def told_validation(loop, blocks):
+        tell(validation=loop.trainer.steps)
+        return validate(loop, blocks)
+
     def told_readings(self):
         with open(reads, "a") as file:
             for reading in readings(self):
@@ -78,6 +82,7 @@ def attempt(config, resume, reads, stop=None, vitals=False):
                 yield reading
 
     RunDirectory.save, module.Loop._readings, module.Loop._step = told_save, told_readings, told_step
+    module.validate = told_validation
     code = 1
     try:
         module.train(TrainConfig(**config), resume=resume, progress=False)
@@ -321,6 +326,45 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(trainers, tmp_path, kills
     assert tally.inside >= kills // 4, tally
     assert tally.early >= tally.runs // 4, tally
     assert tally.runs >= kills // 10, tally
+
+
+def asked(trainers, folder, *, signals, seed):
+    """Ask runs of every recipe to stop, by either signal, in a step or a validation, until each is done: a Tally of that."""
+    tally, draw, began = Tally(), random.Random(seed), time.monotonic()
+    recipes = itertools.cycle(RECIPES)
+    while tally.kills < signals:
+        config, reference = trainers.whole(recipe := next(recipes), validate_every_steps=2)
+        out = folder / f"asked{tally.runs}" / "run"
+        out.parent.mkdir()
+        status, asks = STOPPED, 0
+        while status == STOPPED:
+            kind, nth, seen = draw.choice(("step", "validation")), draw.randint(1, 6), itertools.count(1)
+            blow = (draw.uniform(0, 0.004), draw.choice((signal.SIGINT, signal.SIGTERM)))
+            strike = lambda event: blow if kind in event and next(seen) == nth else None  # noqa: B023, E731
+            resume = any(checkpoints(out))
+            status, events = trainers.run(config, out, resume=resume, strike=strike if asks < 10 else None)
+            asks, tally.resumes = asks + 1, tally.resumes + resume
+            tally.kills += status == STOPPED
+            last = [event for event in events if event.keys() & {"step", "validation"}][-1:]
+            tally.inside += status == STOPPED and "validation" in str(last)
+        if status != 0:
+            tally.stuck.append(f"run {tally.runs} ({recipe}): exit {status}, {events[-1]}")
+        elif found := differences(out, reference):
+            tally.inexact.append(f"run {tally.runs} ({recipe}): {', '.join(found)}")
+        else:
+            shutil.rmtree(out.parent)
+        tally.runs += 1
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+@pytest.mark.parametrize("signals", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_asked_to_stop_at_any_moment_it_saves_and_ends_in_the_same_bits(trainers, tmp_path, signals):
+    """A step is finished, a validation given up: the exit code says that it can be resumed, and it can."""
+    tally = asked(trainers, tmp_path, signals=signals, seed=signals)
+    assert (tally.stuck, tally.inexact) == ([], []), tally
+    assert tally.kills >= signals, tally
+    assert tally.inside >= signals // 5, tally
 
 
 def test_killed_before_its_first_checkpoint_it_starts_again_as_if_new(trainers, tmp_path):

@@ -294,11 +294,16 @@ def _find(id_or_dir: str | Path, revision: str | None) -> Path:
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     """The first tensor that holds NaN or infinity, if one does: one pass over memory each, so that every step can ask."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            least, most = (float(x) for x in tensor.detach().aminmax())  # NaN if any is
-            if not (least > 0 if name == "norm_limit" else math.isfinite(least) and math.isfinite(most)):
-                return name  # a limit may be infinite: off
+    floats = {
+        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
+    }
+    if not floats:
+        return None
+    device = next(iter(floats.values())).device
+    extremes = [torch.stack(tensor.aminmax()).to(device, torch.float64) for tensor in floats.values()]  # NaN if any is
+    for name, (least, most) in zip(floats, torch.stack(extremes).tolist(), strict=True):  # one wait for an accelerator
+        if not (least > 0 if name == "norm_limit" else math.isfinite(least) and math.isfinite(most)):
+            return name  # a limit may be infinite: off
     return None
 
 
