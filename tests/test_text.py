@@ -262,7 +262,9 @@ def test_a_network_that_stays_away_ends_in_a_sentence(monkeypatch):
     hub(monkeypatch, {"train": Flaky(rows_between_failures=0), "test": Flaky()})
     slept = []
     monkeypatch.setattr(text.time, "sleep", slept.append)
-    with pytest.raises(Interrupted, match=r"some/corpus: the network failed for .* run the same command again") as error:
+    with pytest.raises(
+        Interrupted, match=r"some/corpus: the network failed for .* run the same command again"
+    ) as error:
         list(TextSource("some/corpus", streaming=True).documents())
     assert error.value.exit_code == 75
     assert sum(slept) > text.PATIENCE_SECONDS / 2

@@ -288,6 +288,14 @@ def test_learning_rate_past_the_schedule_is_never_negative():
     assert min(trainer.step(resid).lr for resid in resid_batches(4)) >= 0
 
 
+def test_0_is_a_value_and_not_a_blank():
+    """No AuxK and no warm-up are settings; the recipe's own would show here."""
+    trainer = make_trainer(k_aux=0, lr=0.02, warmup_fraction=0.0, decay_fraction=0.0, n_steps=1000)
+    trainer.quiet[:] = 10**9  # all dead: any AuxK would have a loss
+    report = trainer.step(resid_batches(1)[0])
+    assert (report.aux_loss, report.lr) == (0, 0.02)
+
+
 @pytest.mark.parametrize(("recipe", "groups"), [("standard", 1), ("standard", 3), ("lawson2024", 1)])
 def test_default_learning_rate(recipe, groups):
     """2e-4 / sqrt(n / 2^14) of one dictionary, and the published 1e-4; constant without a schedule."""
