@@ -329,7 +329,7 @@ FAULTS = [
     ),
     Fault(
         "a stop is not heard",
-        "train.py",
+        "stopping.py",
         "        self.asked = True\n",
         "",
         "test_train.py::test_asked_to_stop_it_saves_and_resumes_as_if_nothing_happened",

@@ -15,7 +15,7 @@ MODULES = sorted(str(path.relative_to(SRC)) for path in SRC.rglob("*.py"))
 
 ROOMS = [
     {"errors"},
-    {"files", "config"},
+    {"files", "config", "stopping"},
     {
         "textfiles",
         "tokens",

@@ -8,10 +8,9 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -19,7 +18,8 @@ import tyro
 from pydantic import Field
 
 from mlsae.config import Config, Positive, TrainConfig, load_config
-from mlsae.errors import ConfigError, Interrupted, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
+from mlsae.errors import ConfigError, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
+from mlsae.stopping import interruptible
 
 Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
 
@@ -292,7 +292,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command.json_ not in (None, "-"):
         _probe(Path(command.json_))
-    with _interruptible(arguments[0]):
+    with interruptible(arguments[0]):
         _set_up_libraries(command)
         result, text = run(command)
     if command.json_ == "-":
@@ -305,18 +305,6 @@ def _run(arguments: list[str]) -> int:
         write_json(Path(command.json_), result.to_dict())
     print(text)
     return 0
-
-
-@contextlib.contextmanager
-def _interruptible(command: str) -> Generator[None]:
-    """SIGINT and SIGTERM end the command at once with one sentence; while steps are taken, training handles them itself."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(command, "stopped; nothing was written; run the same command again") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _probe(path: Path) -> None:

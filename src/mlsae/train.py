@@ -3,12 +3,10 @@
 import contextlib
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +22,7 @@ from mlsae.metrics import ReconstructionSums
 from mlsae.reading import Reading, check_pair, read, read_ahead
 from mlsae.reporting import Reporter, open_logger
 from mlsae.sae import MLSAE
+from mlsae.stopping import StopFlag
 from mlsae.trainer import StepReport, Trainer
 
 log = logging.getLogger(__name__)
@@ -391,29 +390,3 @@ def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
 
 def _whole_path(name: str) -> str:
     return str(Path(name).resolve()) if os.path.exists(name) else name
-
-
-class StopFlag:
-    """SIGINT and SIGTERM ask for a stop between two steps; a second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopFlag":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: whoever owns that thread handles signals
-                break
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        log.warning("stopping after this step; a second signal stops at once")
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

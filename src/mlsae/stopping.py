@@ -1,0 +1,50 @@
+"""SIGINT and SIGTERM: a command ends at once with one sentence; training finishes its step and saves first."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Generator
+from types import FrameType
+from typing import Any
+
+from mlsae.errors import Interrupted
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def interruptible(command: str) -> Generator[None]:
+    """SIGINT and SIGTERM end the command at once with one sentence; while steps are taken, training handles them itself."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(command, "stopped; nothing was written; run the same command again") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class StopFlag:
+    """SIGINT and SIGTERM ask for a stop between two steps; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopFlag":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever owns that thread handles signals
+                break
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        log.warning("stopping after this step; a second signal stops at once")
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
