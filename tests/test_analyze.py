@@ -1,7 +1,11 @@
 """Analysis over much text: its sums are those of a direct computation, and its files give them back."""
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +106,33 @@ def test_what_is_saved_is_given_back(tmp_path: Path, found: Analysis):
     similarity = json.loads((tmp_path / "analysis" / "similarity.json").read_text())
     assert similarity["centred"] == found.similarity.to_dict()["centred"]
     assert similarity["n_tokens"] == similarity["resid"]["n_tokens"] == found.statistics.n_tokens
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_an_analysis_saved_by_halves_is_not_taken_for_one(tmp_path: Path, found: Analysis, monkeypatch, at: int):
+    """Killed at any call that changes the disk, over an older one: it has its summary.json only if it is whole, old or new."""
+    folder = tmp_path / "analysis"
+    older = dataclasses.replace(found, seconds=-1.0)
+    older.save(folder)
+    calls, names = itertools.count(), ("replace", "rename")
+
+    def killed(real):
+        def call(*arguments):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for name in names:
+            patch.setattr(os, name, killed(getattr(os, name)))
+        found.save(folder)
+    summary = folder / "summary.json"
+    finished = next(calls) <= at
+    assert summary.exists() == (finished or at == 0)
+    if summary.exists():
+        assert json.loads(summary.read_text())["seconds"] == (found.seconds if finished else -1.0)
 
 
 @pytest.mark.parametrize("layers", [(2, 0), (1,)])

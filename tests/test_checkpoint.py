@@ -241,7 +241,7 @@ def rewrite_manifest(folder, **changes):
     fields = json.loads((folder / "manifest.json").read_text())
     del fields["sha256"]
     fields |= changes
-    (folder / "manifest.json").write_text(files.canonical_json({**fields, "sha256": module._digest(fields)}))
+    files.write_sealed(folder / "manifest.json", fields)
 
 
 def test_a_newer_format_is_refused(start):

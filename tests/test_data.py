@@ -343,14 +343,18 @@ def test_stopped_half_way_it_leaves_nothing(packed, tmp_path, monkeypatch, failu
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "document_starts.bin"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_a_damaged_cache_is_made_anew(packed, tmp_path, name, damage):
     whole = in_file_order(packed())
     (file,) = (tmp_path / "cache").glob(f"*/{name}")
     if damage == "gone":
         file.unlink()
-    else:
+    elif damage == "cut":
         file.write_bytes(file.read_bytes()[:-5])
+    else:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     counting = tokenizer()
     assert in_file_order(again(tmp_path, counting)) == whole
     assert counting.n_documents == len(DOCUMENTS)

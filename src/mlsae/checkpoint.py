@@ -7,7 +7,6 @@ The manifest is written last, as canonical JSON with a digest of its own fields,
 checkpoint is found; a load takes the newest checkpoint that verifies and says why it passed over the others.
 """
 
-import hashlib
 import logging
 import platform
 from collections.abc import Mapping
@@ -65,7 +64,6 @@ class Manifest(Config):
     transformers: str
     threads: int
     files: dict[Literal["sae.safetensors", "state.safetensors", "state.json"], ManifestPart]
-    sha256: str
 
 
 class _NewerFormat(ResourceError):
@@ -144,7 +142,7 @@ class RunDirectory:
                     files.save_tensors(staged / "sae.safetensors", checkpoint.sae)
                     files.save_tensors(staged / "state.safetensors", checkpoint.state)
                     files.write_text(staged / "state.json", files.canonical_json(checkpoint.info))
-                    files.write_text(staged / "manifest.json", _manifest(staged, checkpoint, self.config))
+                    files.write_sealed(staged / "manifest.json", _manifest(staged, checkpoint, self.config))
             self._check(target, sizes_only=True)
             log.info("checkpoint step %d verified", checkpoint.step)
             for old in self.steps()[:-keep]:
@@ -186,19 +184,7 @@ class RunDirectory:
     def _check(self, directory: Path, *, sizes_only: bool = False) -> dict[str, Any]:
         """The manifest, once it and every file it names are as they were written, by a run of this config."""
         path = directory / "manifest.json"
-        try:
-            manifest = files.read_json(path)
-        except ConfigError as error:
-            raise ResourceError(str(path), f"failed its checksum (manifest.json: {error.problem})") from error
-        fields = (
-            {key: value for key, value in manifest.items() if key != "sha256"} if isinstance(manifest, dict) else {}
-        )
-        if (
-            path.read_text() != files.canonical_json(manifest)
-            or fields == manifest
-            or manifest["sha256"] != _digest(fields)
-        ):
-            raise ResourceError(str(path), "failed its checksum (manifest.json)")
+        manifest = files.read_sealed(path)
         version = manifest.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise _NewerFormat(
@@ -242,8 +228,8 @@ class RunDirectory:
         self.lock.release()
 
 
-def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
-    fields: dict[str, Any] = {
+def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "device": ", ".join(sorted({str(tensor.device) for tensor in checkpoint.sae.values()})),
@@ -254,7 +240,6 @@ def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
             for name in PARTS
         },
     }
-    return files.canonical_json({**fields, "sha256": _digest(fields)})
 
 
 def _read(directory: Path, manifest: Mapping[str, Any], like: Checkpoint | None) -> Checkpoint:
@@ -275,11 +260,7 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[
 
 def _config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 of what makes two runs the same: every key but the folder's name."""
-    return _digest({key: value for key, value in files.finite(dict(config)).items() if key != "out"})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(files.canonical_json(value).encode()).hexdigest()
+    return files.json_digest({key: value for key, value in files.finite(dict(config)).items() if key != "out"})
 
 
 def _environment() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlsae import files
-from mlsae.errors import ConfigError, DataError
+from mlsae.errors import DataError, ResourceError
 from mlsae.text import TextSource
 from mlsae.tokens import Tokenizer
 
@@ -61,7 +61,7 @@ class PackInfo:
     complete: bool
     """The text was read to its end."""
     tokenizer_fingerprint: str
-    sha256: dict[str, str]
+    checksums: dict[str, str]
     """SHA-256 of each of TOKEN_FILES."""
     key: str
     """SHA-256 of the text, the tokenizer and the packing, whatever the length."""
@@ -86,9 +86,9 @@ class TokenBlocks:
     @classmethod
     def open(cls, folder: Path, max_tokens: int | None = None) -> "TokenBlocks":
         """The blocks in a folder that `pack` wrote, no more than hold `max_tokens`."""
-        info = PackInfo(**files.read_json(folder / "meta.json"))
-        if damaged := [name for name in TOKEN_FILES if files.sha256(folder / name) != info.sha256.get(name)]:
-            raise DataError(str(folder / damaged[0]), "failed its checksum; delete the folder and run again")
+        info = PackInfo(**files.read_sealed(folder / "meta.json"))
+        if damaged := [name for name in TOKEN_FILES if files.sha256(folder / name) != info.checksums.get(name)]:
+            raise ResourceError(str(folder / damaged[0]), "failed its checksum; delete the folder and run again")
         shape = (info.n_blocks, info.context_length)
         tokens = np.memmap(folder / "tokens.bin", dtype=info.dtype, mode="r", shape=shape)
         starts = np.memmap(folder / "document_starts.bin", dtype=np.int64, mode="r", shape=(info.n_documents,))
@@ -190,12 +190,12 @@ def _key(source: TextSource, tokenizer: Tokenizer, context_length: int, packing:
 
 def _cached(folder: Path, max_tokens: int | None) -> TokenBlocks | None:
     """The blocks in a cache folder, if it is whole and they are enough."""
+    if not folder.exists():
+        return None
     try:
         blocks = TokenBlocks.open(folder, max_tokens)
-    except DataError as error:
-        log.warning("%s: it is made again", error)
-        return None
-    except (ConfigError, TypeError, ValueError, OSError):  # not there, not ours, or shorter than it says
+    except (ResourceError, TypeError, ValueError, OSError) as error:  # damaged, or not ours
+        log.warning("%s (it is made again)", error)
         return None
     enough = blocks.info.complete or (max_tokens is not None and blocks.n_tokens >= max_tokens)
     return blocks if enough else None
@@ -244,10 +244,10 @@ def _fill(
         max_token_id=packer.max_token_id,
         complete=complete,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        sha256={name: files.sha256(staged / name) for name in TOKEN_FILES},
+        checksums={name: files.sha256(staged / name) for name in TOKEN_FILES},
         key=key,
     )
-    files.write_json(staged / "meta.json", asdict(info))
+    files.write_sealed(staged / "meta.json", asdict(info))
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

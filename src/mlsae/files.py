@@ -74,6 +74,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def write_sealed(path: Path, fields: Mapping[str, Any]) -> None:
+    """Replace `path` by canonical JSON with a digest of itself under `sha256`, durably: one flipped bit will show."""
+    write_text(path, canonical_json({**fields, "sha256": json_digest(fields)}))
+
+
+def json_digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, in its one spelling."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
 def finite(value: Any) -> Any:
     """The same nested value with every non-finite float replaced by None."""
     if isinstance(value, float):
@@ -328,6 +338,19 @@ def sha256(path: Path) -> str:
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """A JSON file of bounded size and depth without duplicate keys; anything else is refused with file and place."""
     return parse_json(_read_small(path, max_bytes), path)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The fields that `write_sealed` wrote. Raises ResourceError if a bit of the file is not as it was written."""
+    try:
+        value = read_json(path)
+    except ConfigError as error:
+        raise ResourceError(str(path), f"failed its checksum ({path.name}: {error.problem})") from error
+    fields = {key: item for key, item in value.items() if key != "sha256"} if isinstance(value, dict) else {}
+    sealed = canonical_json({**fields, "sha256": json_digest(fields)})
+    if path.read_text() != sealed:
+        raise ResourceError(str(path), f"failed its checksum ({path.name})")
+    return fields
 
 
 def parse_json(text: str, path: Path) -> Any:
