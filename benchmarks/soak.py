@@ -7,6 +7,7 @@ The machinery is the tests' own (tests/test_resume.py, tests/test_checkpoint.py)
 """
 
 import argparse
+import contextlib
 import itertools
 import logging
 import os
@@ -29,27 +30,25 @@ Row = tuple[str, list[str]]
 
 def killed(folder: Path, kills: int, seed: int) -> Row:
     """SIGKILL at any moment: the resumed run ends in the bits of the one that was left alone."""
-    trainers = runs.Trainers(folder)
-    try:
+    with training(folder) as trainers:
         tally = runs.soak(trainers, folder, kills=kills, seed=seed)
-    finally:
-        trainers.close()
     where = f"{tally.inside} inside a save, {tally.early} before the first checkpoint"
-    exact = tally.runs - len(tally.stuck) - len(tally.inexact)
     resumes = f"{tally.resumes} resumes, {len(tally.stuck)} refused"
-    return f"{tally.kills} kills ({where}), {resumes}: {exact} of {tally.runs} runs exact", tally.stuck + tally.inexact
+    what = f"{tally.kills} kills ({where}), {resumes}: {tally.exact} of {tally.runs} runs exact"
+    return what, tally.stuck + tally.inexact
 
 
 def asked(folder: Path, signals: int, seed: int) -> Row:
     """SIGINT and SIGTERM: saved, exit 75, and the resumed run ends in the bits of the one that was left alone."""
-    trainers = runs.Trainers(folder)
-    try:
+    with training(folder) as trainers:
         tally = runs.asked(trainers, folder, signals=signals, seed=seed)
-    finally:
-        trainers.close()
-    exact = tally.runs - len(tally.stuck) - len(tally.inexact)
-    what = f"{tally.kills} signals ({tally.inside} in a validation): all saved, {exact} of {tally.runs} runs exact"
-    return what, tally.stuck + tally.inexact
+    where = f"{tally.kills} signals ({tally.inside} in a validation)"
+    return f"{where}: all saved, {tally.exact} of {tally.runs} runs exact", tally.stuck + tally.inexact
+
+
+def training(folder: Path) -> contextlib.closing[runs.Trainers]:
+    """Trainers, ended when they are not needed any more."""
+    return contextlib.closing(runs.Trainers(folder))
 
 
 def refused(folder: Path) -> Row:

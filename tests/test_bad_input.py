@@ -573,7 +573,7 @@ CASES = [
         "54 stopped before step 1",
         "",
         75,
-        "train: stopped; nothing was written; run the same command again",
+        "train: stopped; nothing half-made is left; run the same command again",
         interrupted,
         10,
     ),

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -290,8 +291,16 @@ def test_a_signal_ends_a_command_at_once_in_words(monkeypatch: pytest.MonkeyPatc
     before = signal.getsignal(number)
     monkeypatch.setitem(COMMANDS, "evaluate", (cli.Evaluate, work))
     assert main(["evaluate", "sae"]) == 75
-    assert capsys.readouterr().err == "error: evaluate: stopped; nothing was written; run the same command again\n"
+    assert (
+        capsys.readouterr().err == "error: evaluate: stopped; nothing half-made is left; run the same command again\n"
+    )
     assert signal.getsignal(number) == before
+
+
+def test_a_command_may_run_outside_the_main_thread():
+    """Where signals are somebody else's."""
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(main, ["info", "--quiet"]).result() == 0
 
 
 def test_a_closed_pipe_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys):

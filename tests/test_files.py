@@ -419,6 +419,16 @@ def test_a_line_half_of_which_fits_is_taken_back_and_written_whole_once_there_is
     assert files.read_jsonl(tmp_path / "a") == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.parametrize("last_bytes", [1, 10, 11, 12, 100, 10_000])
+def test_the_last_lines_of_a_long_file_are_read_alone(tmp_path, last_bytes):
+    with files.JsonLines(tmp_path / "a") as lines:
+        for step in range(100):
+            lines.append({"s": step})
+    whole, tail = files.read_jsonl(tmp_path / "a"), files.read_jsonl(tmp_path / "a", last_bytes=last_bytes)
+    assert tail == whole[len(whole) - len(tail) :]
+    assert (len(tail) + 1) * 10 >= min(last_bytes, 1000) - 10
+
+
 def test_a_folder_that_cannot_hold_lines(tmp_path):
     with pytest.raises(ResourceError, match="No such file"):
         files.JsonLines(tmp_path / "nowhere" / "a")

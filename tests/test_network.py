@@ -546,7 +546,8 @@ def test_asked_to_stop_while_the_network_stalls_it_stops_at_once(hub, online, lm
     outcome = online.run("commands", line, meanwhile=stop, MLSAE_CACHE=str(tmp_path / "cache"))
     assert time.monotonic() - asked[0] < 5
     assert (
-        sentence(outcome, 75, warned=True) == "error: train: stopped; nothing was written; run the same command again"
+        sentence(outcome, 75, warned=True)
+        == "error: train: stopped; nothing half-made is left; run the same command again"
     )
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

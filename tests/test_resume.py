@@ -272,6 +272,21 @@ class Tally:
     """Runs that ended in other bits, and in which."""
     seconds: float = 0.0
 
+    def judge(self, recipe, out, whole, status, events):
+        """Count a run that came to its end: in the bits it should, in others, or not as it should."""
+        if status != 0:
+            self.stuck.append(f"run {self.runs} ({recipe}): exit {status}, {events[-1]}")
+        elif found := differences(out, whole):
+            self.inexact.append(f"run {self.runs} ({recipe}): {', '.join(found)}")
+        else:
+            shutil.rmtree(out.parent)
+        self.runs += 1
+
+    @property
+    def exact(self):
+        """Runs that ended as if nothing had happened."""
+        return self.runs - len(self.stuck) - len(self.inexact)
+
 
 AIMS = {"pid": (1, 0.2), "step": (40, 0.008), "save": (5, 0.006)}
 """What a kill may follow: the n-th event of a kind in an attempt, n at most so much, by at most so many seconds."""
@@ -306,13 +321,7 @@ def soak(trainers, folder, *, kills, seed):
             tally.early += status == KILLED and not any(checkpoints(out))
             last = [event for event in events if event.keys() & {"save", "saved"}][-1:]
             tally.inside += status == KILLED and "save" in str(last) and "saved" not in str(last)
-        if status != 0:
-            tally.stuck.append(f"run {tally.runs} ({recipe}): exit {status}, {events[-1]}")
-        elif found := differences(out, reference):
-            tally.inexact.append(f"run {tally.runs} ({recipe}): {', '.join(found)}")
-        else:
-            shutil.rmtree(out.parent)
-        tally.runs += 1
+        tally.judge(recipe, out, reference, status, events)
     tally.seconds = time.monotonic() - began
     return tally
 
@@ -347,13 +356,7 @@ def asked(trainers, folder, *, signals, seed):
             tally.kills += status == STOPPED
             last = [event for event in events if event.keys() & {"step", "validation"}][-1:]
             tally.inside += status == STOPPED and "validation" in str(last)
-        if status != 0:
-            tally.stuck.append(f"run {tally.runs} ({recipe}): exit {status}, {events[-1]}")
-        elif found := differences(out, reference):
-            tally.inexact.append(f"run {tally.runs} ({recipe}): {', '.join(found)}")
-        else:
-            shutil.rmtree(out.parent)
-        tally.runs += 1
+        tally.judge(recipe, out, reference, status, events)
     tally.seconds = time.monotonic() - began
     return tally
 

@@ -316,6 +316,26 @@ def test_vectors_beyond_the_norm_limit_are_counted_and_left_out(run, monkeypatch
     assert all(line["fvu"] < 2 for line in metrics(done))
 
 
+def test_an_infinite_vector_is_beyond_every_limit_and_costs_nothing_but_itself(run, monkeypatch):
+    """As float16 models have them: it is masked and counted, and what is remembered of it can be saved."""
+    real = LanguageModel.resid
+
+    def resid(self, tokens, layers=None):
+        out = real(self, tokens, layers)
+        out[1, 0, 5, 0] = torch.inf
+        return out
+
+    run()  # whose initial sample is finite
+    start = module.Loop.run
+    monkeypatch.setattr(
+        module.Loop, "run", lambda loop: (monkeypatch.setattr(LanguageModel, "resid", resid), start(loop))[1]
+    )
+    done = run()
+    assert done.steps == STEPS
+    assert done.masked_by_norm[1] > 0
+    assert max(line["norm_ratio"] for line in metrics(done)) > 1e30
+
+
 def test_lawson2024_runs_end_to_end(run):
     done = run(
         recipe="lawson2024",

@@ -166,6 +166,7 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
         raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
     out = Path(command.out) if command.out is not None else Path(command.sae) / "analysis"
     files.probe_writable(out)
+    known = {} if run is None else _known(run)  # before the work: what cannot be read must not cost it
     sae, lm, data = _named(command)
     analysis = analyze(
         sae,
@@ -178,7 +179,6 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
         progress=not command.quiet,
     )
     analysis.save(out)
-    known = {} if run is None else _known(run)
     report, *_ = write_report(
         out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known
     )

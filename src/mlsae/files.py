@@ -386,32 +386,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def tensors_metadata(path: Path) -> dict[str, str]:
     """What `save_tensors` was given beside the tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def load_tensors(
     path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None
 ) -> "dict[str, Tensor]":
     """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        if expected is not None:
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            wanted = {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
+            _check_tensors(path, found, wanted)
+        return {name: file.get_tensor(name) for name in slices}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    """A safetensors file whose header was checked."""
     from safetensors import SafetensorError, safe_open
 
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            if expected is not None:
-                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-                _check_tensors(
-                    path, found, {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
-                )
-            return {name: file.get_tensor(name) for name in slices}
+            yield file
     except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
 
@@ -505,10 +505,16 @@ _PlainYaml.add_implicit_resolver(
 )
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
-    lines = _read_small(path, MAX_JSONL_BYTES, empty=True).split("\n")
-    records = [parse_json(line, path) for line in lines[:-1] if line]
+def read_jsonl(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The records of a file that `JsonLines` wrote, or those in its last bytes; a line cut short by a crash is left out."""
+    size = path.stat().st_size if path.is_file() else 0
+    if last_bytes is None or size <= last_bytes:
+        text = _read_small(path, MAX_JSONL_BYTES, empty=True)
+    else:
+        with open(path, "rb") as file:
+            file.seek(size - last_bytes)
+            text = file.read().partition(b"\n")[2].decode()
+    records = [parse_json(line, path) for line in text.split("\n")[:-1] if line]
     if odd := [record for record in records if not isinstance(record, dict)]:
         raise ConfigError(str(path), f"holds {_kind(odd[0])} where a line is an object; not a file of ours")
     return records

@@ -267,6 +267,8 @@ def _check_belongs(directory: Path, config: MLSAEConfig) -> None:
     """Refuse a config.json that is not the one the weights were saved with."""
     stored = files.tensors_metadata(directory / WEIGHTS_FILE).get("config", "{}")
     saved_with = files.parse_json(stored, directory / WEIGHTS_FILE)
+    if not isinstance(saved_with, dict):
+        raise ModelError(str(directory / WEIGHTS_FILE), "holds no config; save the SAE again with save_pretrained")
     for key, value in config.to_dict().items():
         if key not in saved_with or saved_with[key] != value:
             was = f"with {saved_with[key]!r}" if key in saved_with else "without it"

@@ -15,13 +15,22 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def interruptible(command: str) -> Generator[None]:
     """SIGINT and SIGTERM end the command at once with one sentence; while steps are taken, training handles them itself."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = _listen(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(command, "stopped; nothing was written; run the same command again") from None
+        raise Interrupted(command, "stopped; nothing half-made is left; run the same command again") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _listen(number: int, handler: Any) -> Any:
+    """Set a handler; returns the one before, or None outside the main thread, whose owner handles signals."""
+    try:
+        return signal.signal(number, handler)
+    except ValueError:
+        return None
 
 
 class StopFlag:
@@ -33,10 +42,8 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: whoever owns that thread handles signals
-                break
+            if (before := _listen(number, self._ask)) is not None:
+                self._before[number] = before
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

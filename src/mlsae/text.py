@@ -279,12 +279,11 @@ def _hub_part(data: str, dataset: Any, column: str) -> Part:
 
 def _hub_rows(data: str, dataset: Any, size: int | None) -> Iterator[Row]:
     """Its rows; when the network fails, reopened at the same row."""
-    n_rows, patience = 0, _Patience(data)
+    n_rows, failed_at, patience = 0, -1, _Patience(data)
     while True:
         try:
             for row in dataset.skip(n_rows) if n_rows else dataset:
                 n_rows += 1
-                patience = _Patience(data)
                 yield Row(f"row {n_rows}", row, n_rows / size if size else None)
             return
         except (OSError, HTTPError) as error:
@@ -292,6 +291,8 @@ def _hub_rows(data: str, dataset: Any, size: int | None) -> Iterator[Row]:
                 raise DataError(
                     data, f"cannot be read on: {printable(str(error))}; {n_rows} rows read so far"
                 ) from error
+            if n_rows > failed_at:  # it had got on since
+                failed_at, patience = n_rows, _Patience(data)
             patience.wait(error, f"after row {n_rows}")
 
 

@@ -136,8 +136,8 @@ class Loop:
         self.together = max(1, READ_TOKENS // (self.batch * self.context))
         self._ready: dict[int, Reading] = {}
         """The micro-batches last read, by their position."""
-        self.vectors = torch.empty(0)
-        """Those of the micro-batch last learned from."""
+        self.median_norm = torch.full((len(sae.layers),), torch.inf)
+        """Of each layer's vectors in the micro-batch last learned from."""
         self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
         self.largest_norm = torch.zeros(len(sae.layers))
         """Since the last line of metrics.jsonl, of each layer's vectors, those beyond the norm limit too."""
@@ -174,12 +174,11 @@ class Loop:
             for reading in self._readings():
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
                 self.over_norm += reading.over_norm.cpu()
-                self.largest_norm = self.largest_norm.maximum(reading.norms.amax((1, 2)).cpu())
-                self.vectors = reading.vectors
+                self._look_at(reading.norms.cpu(), reading.visible.cpu())
             return self.trainer.update()
         except (NumericsError, MemoryError, RuntimeError) as error:
-            documents = self._documents(before[0])
             if isinstance(error, NumericsError):
+                documents = self._documents(before[0])
                 ending = NumericsError(error.field, f"{error.problem} (documents {documents} of the data)")
             elif out_of_memory(error):
                 ending = ResourceError("memory", f"not enough at step {self.trainer.steps + 1}{self._too_large()}")
@@ -192,6 +191,13 @@ class Loop:
                 with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
                     self._save()
             raise ending from error
+
+    def _look_at(self, norms: torch.Tensor, visible: torch.Tensor) -> None:
+        """Remember the largest norm, those beyond the limit too, and the median of what the SAE sees."""
+        largest = norms.amax((1, 2)).clamp(max=torch.finfo(norms.dtype).max)  # infinity is beyond the limit, and saved
+        self.largest_norm = self.largest_norm.maximum(largest)
+        seen = norms[:, visible]
+        self.median_norm = seen.median(1).values if seen.numel() else torch.full_like(largest, torch.inf)
 
     def _too_large(self) -> str:
         """What to do about memory, with the most that was in use."""
@@ -213,7 +219,8 @@ class Loop:
     def summary(self, seconds: float) -> Run:
         """The finished run in numbers."""
         tokens = self.trainer.steps * self.step_tokens
-        last = [row for row in files.read_jsonl(self.run_directory.path / "metrics.jsonl") if "fvu" in row][-1]
+        lines = files.read_jsonl(self.run_directory.path / "metrics.jsonl", last_bytes=1 << 20)
+        last = [row for row in lines if "fvu" in row][-1]
         return Run(
             directory=str(self.run_directory.path),
             steps=self.trainer.steps,
@@ -264,11 +271,11 @@ class Loop:
         return pack_split(self.config, self.lm, "validation", progress=self.progress)
 
     def _extra(self) -> dict[str, Any] | None:
-        """What metrics.jsonl holds beside the report of the step just taken, if it has a line there."""
+        """What metrics.jsonl holds beside the report of the step just taken, if it has a line there: then norms begin anew."""
         if self.trainer.steps % (self.config.log_every_steps or 1) and self.trainer.steps < self.n_steps:
             return None
-        median = self.vectors.norm(dim=-1).median(1).values.cpu() if self.vectors.numel() else torch.tensor(torch.inf)
-        ratio, self.largest_norm = float((self.largest_norm / median).max()), torch.zeros_like(self.largest_norm)
+        ratio = float((self.largest_norm / self.median_norm).max())
+        self.largest_norm = torch.zeros_like(self.largest_norm)
         return {"masked_by_norm": self.over_norm.tolist(), "norm_ratio": ratio}
 
     def _validate(self, reporter: Reporter) -> None:
