@@ -572,7 +572,7 @@ def _resume(run: str) -> str:
 def _read_statistics(path: str) -> str:
     from mlsae.analysis.layers import LayerStatistics
 
-    return _digest(LayerStatistics.load(Path(path)).sums().items())
+    return _digest(LayerStatistics.load(Path(path)).by_shard.items())
 
 
 def _read_config(path: str) -> Any:

@@ -9,14 +9,17 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mlsae.analysis.example_file import read_examples
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.analyze import PROMPT, Analysis, analyze, prompt_activity
 from mlsae.config import MLSAEConfig
 from mlsae.data import TokenBlocks, pack
 from mlsae.errors import DataError, MlsaeError
+from mlsae.files import finite
 from mlsae.lm import LanguageModel
 from mlsae.sae import MLSAE
 from mlsae.text import TextSource
@@ -53,8 +56,9 @@ def test_statistics_are_those_of_the_codes(lm: LanguageModel, blocks: TokenBlock
     want = LayerStatistics(3, N_LATENTS)
     with torch.no_grad():
         want.update(make_sae().encode(vectors), sequence=sequence)
-    for name, total in want.sums().items():
-        assert torch.allclose(found.statistics.sums()[name].double(), total.double(), rtol=1e-5, atol=1e-5), name
+    for name in want.by_shard:
+        got, total = (getattr(x, name).double() for x in (found.statistics, want))
+        assert torch.allclose(got, total, rtol=1e-5, atol=1e-5), name
     assert found.statistics.n_tokens == vectors.shape[1]
     assert torch.equal(found.statistics.counts, want.counts)
 
@@ -84,25 +88,70 @@ def test_similarity_by_numpy(lm: LanguageModel, blocks: TokenBlocks, found: Anal
 
 
 def test_names_are_those_of_summary_json(found: Analysis):
-    summary = json.loads(json.dumps(found.summary()))
+    summary = json.loads(json.dumps(finite(found.summary())))
     assert set(summary["decomposition"]) == {"mass", "event", "count"}
     for terms in summary["decomposition"].values():
         assert set(terms) == {"within", "token", "latent", "total", "rel_f", "rel_t"}
-        assert terms["within"] + terms["token"] + terms["latent"] == pytest.approx(terms["total"], rel=1e-12)
+        value = {name: term["value"] for name, term in terms.items()}
+        assert value["within"] + value["token"] + value["latent"] == pytest.approx(value["total"], rel=1e-12)
+        assert all(term["ci95"][0] is None or term["ci95"][0] <= term["ci95"][1] for term in terms.values())
     assert set(summary["lawson2024"]) == {"rel_f", "rel_t"}
     assert summary["layers"] == [0, 1, 2]
-    assert found.to_dict() == found.summary()
-    assert sum(summary["events"]["active_layers"]) == summary["n_events"]
+    assert finite(found.to_dict()) == finite(found.summary())
+    assert sum(summary["events"]["active_layers"]) == found.statistics.n_events.sum()
+    assert set(summary["nulls"]) == {"independent", "shuffled_layers"}
+    assert len(summary["persistence"]) == len(summary["nulls"]["independent"]["persistence"]) == 2
+    assert set(summary["directions"]) == {"pairs", "embedding", "unembedding"}
+
+
+def test_nothing_is_done_that_was_not_asked_for(tmp_path: Path, lm: LanguageModel, blocks: TokenBlocks):
+    found = analyze(make_sae(), lm, blocks, **SETTINGS, nulls=False, directions=False, examples=0)
+    assert (found.nulls, found.pairs, found.words, found.examples) == ({}, None, None, None)
+    found.save(tmp_path)
+    assert not (tmp_path / "examples.parquet").exists()
+    assert found.summary()["directions"] == {"pairs": None}
+
+
+def test_a_dictionary_too_large_for_intervals_is_analyzed_without(lm, blocks: TokenBlocks, monkeypatch, caplog):
+    import sys
+
+    monkeypatch.setattr(sys.modules["mlsae.analyze"], "MAX_STATISTICS_BYTES", 10_000)
+    found = analyze(make_sae(), lm, blocks, **SETTINGS)
+    assert "too many for intervals" in caplog.text
+    assert found.statistics.n_shards == 1
+    assert found.summary()["decomposition"]["mass"]["total"]["value"] > 0
+    assert math.isnan(found.summary()["decomposition"]["mass"]["total"]["ci95"][0])
+
+
+def test_the_table_has_a_row_for_every_latent(tmp_path: Path, found: Analysis):
+    found.save(tmp_path)
+    table = pq.read_table(tmp_path / "latents.parquet").to_pylist()
+    depth = found.statistics.distribution()
+    assert [row["latent"] for row in table] == list(range(N_LATENTS))
+    for row in table:
+        latent = row["latent"]
+        assert row["n_events"] == found.statistics.n_events[latent]
+        if not depth.used[latent]:
+            assert row["centre_of_mass"] is row["entropy"] is None
+            continue
+        assert row["centre_of_mass"] == pytest.approx(depth.centre_of_mass[latent].item())
+        assert row["centre_of_mass_low"] is None or row["centre_of_mass_low"] <= row["centre_of_mass_high"]
+        assert row["max_cosine"] == pytest.approx(found.pairs.max_cosine[latent].item())
+        assert len(row["promoted"]) == len(row["suppressed"]) == 8
 
 
 def test_what_is_saved_is_given_back(tmp_path: Path, found: Analysis):
     found.save(tmp_path / "analysis")
     written = {path.name for path in (tmp_path / "analysis").iterdir()}
-    assert written == {"layers.safetensors", "prompt.safetensors", "summary.json", "similarity.json"}
+    tables = {"latents.parquet", "examples.parquet"}
+    assert written == tables | {"layers.safetensors", "prompt.safetensors", "summary.json", "similarity.json"}
     loaded = LayerStatistics.load(tmp_path / "analysis" / "layers.safetensors")
-    assert all(torch.equal(loaded.sums()[name], total) for name, total in found.statistics.sums().items())
+    assert all(torch.equal(loaded.by_shard[name][0], getattr(found.statistics, name)) for name in loaded.by_shard)
     summary = json.loads((tmp_path / "analysis" / "summary.json").read_text())
-    assert summary["decomposition"]["mass"] == found.statistics.decomposition().to_dict()
+    terms = {name: term["value"] for name, term in summary["decomposition"]["mass"].items()}
+    assert terms == found.statistics.decomposition().to_dict()
+    latent = int(found.statistics.n_events.argmax())
+    assert read_examples(tmp_path / "analysis" / "examples.parquet", latent)
     similarity = json.loads((tmp_path / "analysis" / "similarity.json").read_text())
     assert similarity["centred"] == found.similarity.to_dict()["centred"]
     assert similarity["n_tokens"] == similarity["resid"]["n_tokens"] == found.statistics.n_tokens
@@ -145,7 +194,7 @@ def test_a_subset_is_labelled_with_model_layers(lm, blocks: TokenBlocks, found: 
     norm = found.means.to_dict()["norm"]["mean"]
     assert part.means.to_dict()["norm"]["mean"] == pytest.approx([norm[layer] for layer in layers], rel=1e-6)
     if len(layers) == 1:
-        assert part.summary()["decomposition"]["mass"]["total"] == 0.0
+        assert part.summary()["decomposition"]["mass"]["total"]["value"] == 0.0
         assert part.similarity.to_dict()["raw"]["mean"] == []
 
 
@@ -159,8 +208,8 @@ def test_analysis_changes_no_bit_of_the_sae(lm: LanguageModel, blocks: TokenBloc
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     first, second = (analyze(sae, lm, blocks, **SETTINGS) for _ in range(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
-    sums = second.statistics.sums()
-    assert all(torch.equal(total, sums[name]) for name, total in first.statistics.sums().items())
+    sums = second.statistics.by_shard
+    assert all(torch.equal(total, sums[name]) for name, total in first.statistics.by_shard.items())
 
 
 # ---- one prompt ------------------------------------------------------------------------------------------------------

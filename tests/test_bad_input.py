@@ -21,7 +21,7 @@ from torch import zeros
 
 import mlsae.hub
 from conftest import train_command, tree
-from mlsae import cli, devices, evaluate, files
+from mlsae import commands, devices, evaluate, files
 from mlsae.cli import main
 from mlsae.data import pack
 from mlsae.lm import LanguageModel
@@ -164,7 +164,7 @@ def packed(place: Place) -> None:
     a_run(place)
     blocks = pack(TextSource(str(place.corpus)), Tokenizer(byte_tokenizer(bos=True)), 64, progress=False)
     run = lambda command: evaluate(command.sae, place.lm, blocks, progress=False)  # noqa: E731
-    place.patch.setitem(cli.COMMANDS, "evaluate", (cli.Evaluate, run))
+    place.patch.setitem(commands.COMMANDS, "evaluate", (commands.Evaluate, run))
 
 
 def unfinished(place: Place) -> list[Path]:

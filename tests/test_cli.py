@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import train_command, tree
-from mlsae import cli
+from mlsae import cli, commands
 from mlsae.cli import COMMANDS, main
 from mlsae.sae import MLSAE
 
@@ -86,7 +86,10 @@ def test_python_m_mlsae_is_the_command_line():
 
 USAGE = [
     ("trian", "command: unknown command 'trian'; did you mean 'train'?"),
-    ("zzz", "command: unknown command 'zzz'; choose demo, train, evaluate, analyze, info"),
+    (
+        "zzz",
+        "command: unknown command 'zzz'; choose demo, train, evaluate, analyze, lens, sweep, compare, reproduce, info",
+    ),
     ("train", "lm: missing; give --lm"),
     ("train --lm a --data b", "out: missing; give --out"),
     ("evaluate", "sae: missing; name a run directory, an SAE folder or a Hub id"),
@@ -113,10 +116,10 @@ def test_usage_errors(line: str, sentence: str, capsys: pytest.CaptureFixture[st
     assert (shown.out, shown.err) == ("", f"error: {sentence}\n")
 
 
-def parsed(tmp_path: Path, yaml: str, flags: str = "") -> cli.Train:
+def parsed(tmp_path: Path, yaml: str, flags: str = "") -> commands.Train:
     (tmp_path / "config.yaml").write_text(yaml)
-    command = cli._parse(cli.Train, ["train", "--config", str(tmp_path / "config.yaml"), *flags.split()])
-    assert isinstance(command, cli.Train)
+    command = cli._parse(commands.Train, ["train", "--config", str(tmp_path / "config.yaml"), *flags.split()])
+    assert isinstance(command, commands.Train)
     return command
 
 
@@ -126,7 +129,7 @@ MATERIALS = "lm: a\ndata: b\nout: c\n"
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path):
     command = parsed(tmp_path, MATERIALS + "k: 7\nseed: 3\n", "--k 9 --out elsewhere")
     assert (command.k, command.seed, command.out, command.lm) == (9, 3, "elsewhere", "a")
-    assert command.adam_eps == cli.Train(lm="a", data="b", out="c").adam_eps
+    assert command.adam_eps == commands.Train(lm="a", data="b", out="c").adam_eps
 
 
 def test_numbers_in_a_file_are_written_as_people_write_them(tmp_path: Path):
@@ -142,7 +145,7 @@ def test_numbers_in_a_file_are_written_as_people_write_them(tmp_path: Path):
 
 def test_a_file_may_be_json_and_may_hold_the_resolved_config_of_a_run(tmp_path: Path, trained: Path):
     config = json.loads((trained / "config.json").read_text())
-    assert parsed(tmp_path, json.dumps(config)).replaced(config=None) == cli.Train(**config)
+    assert parsed(tmp_path, json.dumps(config)).replaced(config=None) == commands.Train(**config)
 
 
 def test_what_the_file_lacks_must_be_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -275,7 +278,7 @@ def test_terminal_escapes_in_what_was_given_are_escaped(capsys: pytest.CaptureFi
 
 
 def test_a_bug_asks_for_a_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(COMMANDS, "demo", (cli.Demo, failing_with(ZeroDivisionError("oops"))))
+    monkeypatch.setitem(COMMANDS, "demo", (commands.Demo, failing_with(ZeroDivisionError("oops"))))
     assert main(["demo"]) == 1
     shown = capsys.readouterr().err
     assert "ZeroDivisionError: oops" in shown
@@ -289,7 +292,7 @@ def test_a_signal_ends_a_command_at_once_in_words(monkeypatch: pytest.MonkeyPatc
         raise AssertionError("went on")
 
     before = signal.getsignal(number)
-    monkeypatch.setitem(COMMANDS, "evaluate", (cli.Evaluate, work))
+    monkeypatch.setitem(COMMANDS, "evaluate", (commands.Evaluate, work))
     assert main(["evaluate", "sae"]) == 75
     assert (
         capsys.readouterr().err == "error: evaluate: stopped; nothing half-made is left; run the same command again\n"
@@ -304,7 +307,7 @@ def test_a_command_may_run_outside_the_main_thread():
 
 
 def test_a_closed_pipe_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setitem(COMMANDS, "demo", (cli.Demo, failing_with(BrokenPipeError())))
+    monkeypatch.setitem(COMMANDS, "demo", (commands.Demo, failing_with(BrokenPipeError())))
     assert main(["demo"]) == 0
     assert "Traceback" not in capsys.readouterr().err
 

@@ -70,7 +70,7 @@ def whole_number_fields(model: type[Config]) -> list[str]:
 
 INTEGERS = [(TrainConfig, MATERIALS, name) for name in whole_number_fields(TrainConfig)]
 INTEGERS += [(MLSAEConfig, {"d_model": 8, "n_latents": 64, "k": 4}, name) for name in whole_number_fields(MLSAEConfig)]
-SMALLEST = {"k_aux": 0, "keep_checkpoints": 2, "seed": -math.inf}
+SMALLEST = {"k_aux": 0, "keep_checkpoints": 2, "seed": -math.inf, "data_seed": -math.inf}
 
 
 def test_the_fields_found_in_the_types_are_the_ones_there_are():
@@ -300,6 +300,7 @@ def test_what_is_given_is_kept():
 
 def test_resolving_twice_is_resolving_once_and_leaves_no_blank():
     optional = {"n_latents", "expansion_factor", "clip_grad_norm", "separator_token", "device", "lm_dtype", "log_to"}
+    optional |= {"lens"}
     for recipe in RECIPES:
         found = resolved(tokens=10**7, recipe=recipe)
         assert resolve(found, PYTHIA) == found

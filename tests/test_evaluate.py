@@ -18,7 +18,9 @@ from mlsae.cli import main
 from mlsae.config import MLSAEConfig
 from mlsae.data import TokenBlocks, pack
 from mlsae.errors import ConfigError, DataError, ModelError
-from mlsae.evaluate import evaluate, held_out_split, splice_with
+from mlsae.evaluate import Evaluation, evaluate, held_out_split, splice_with
+from mlsae.files import finite
+from mlsae.intervals import jackknife
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.sae import MLSAE
@@ -121,14 +123,14 @@ def test_neither_batch_size_nor_order_matters(lm, blocks, monkeypatch: pytest.Mo
     for batch_tokens, order in ((CONTEXT, 1), (3 * CONTEXT, -1), (10**6, 1)):
         monkeypatch.setattr(evaluating, "BATCH_TOKENS", batch_tokens)
         shuffled = TokenBlocks(blocks._tokens[::order], blocks.document_starts, blocks.info)
-        seen.append(evaluate(sae, lm, shuffled, **SETTINGS).to_dict())
+        seen.append(evaluate(sae, lm, shuffled, **SETTINGS))
     for other in seen[1:]:
         for key in ("n_tokens", "n_spliced_tokens", "masked_by_norm", "dead_fraction"):
-            assert other[key] == seen[0][key]
-        assert other["clean_ce"] == pytest.approx(seen[0]["clean_ce"], rel=1e-6)
-        assert other["all_layers"] == pytest.approx(seen[0]["all_layers"], abs=2e-6)
-        assert other["mean"] == pytest.approx(seen[0]["mean"], abs=2e-6)
-        for row, first in zip(other["layers"], seen[0]["layers"], strict=True):
+            assert getattr(other, key) == getattr(seen[0], key)
+        assert other.clean_ce == pytest.approx(seen[0].clean_ce, rel=1e-6)
+        assert other.all_layers == pytest.approx(seen[0].all_layers, abs=2e-6)
+        assert other.mean == pytest.approx(seen[0].mean, abs=2e-6)
+        for row, first in zip(other.layers, seen[0].layers, strict=True):
             assert row == pytest.approx(first, abs=2e-6)
 
 
@@ -362,7 +364,8 @@ def test_tokens_limits_what_is_read(lm: LanguageModel, blocks: TokenBlocks):
 
 
 def test_names_are_those_of_evaluation_json(lm: LanguageModel, blocks: TokenBlocks):
-    found = json.loads(json.dumps(evaluate(make_sae((2, 0)), lm, blocks, **SETTINGS).to_dict(), allow_nan=False))
+    measured = evaluate(make_sae((2, 0)), lm, blocks, **SETTINGS)
+    found = json.loads(json.dumps(finite(measured.to_dict()), allow_nan=False))
     top = {"n_tokens", "layers", "mean", "all_layers", "clean_ce", "dead_fraction", "lawson2024"}
     assert top <= found.keys()
     row = {"layer", "fvu", "mse", "cosine", "l0", "l1", "delta_ce", "kl"}
@@ -372,8 +375,33 @@ def test_names_are_those_of_evaluation_json(lm: LanguageModel, blocks: TokenBloc
     assert found["all_layers"].keys() == {"delta_ce", "kl"}
     assert {"fvu", "mse", "kl"} <= found["lawson2024"]["mean"].keys()
     assert [layer["layer"] for layer in found["lawson2024"]["layers"]] == [2, 0]
-    for name, value in found["mean"].items():
-        assert value == pytest.approx(sum(layer[name] for layer in found["layers"]) / 2)
+    assert found["layers"][0]["fvu"] == {"value": measured.layers[0]["fvu"], "ci95": [None, None]}  # too few documents
+    assert found["layers"][0]["unused_fraction"] == measured.layers[0]["unused_fraction"]
+    for name, value in measured.mean.items():
+        assert value == pytest.approx(sum(layer[name] for layer in measured.layers) / 2)
+
+
+def test_intervals_are_of_documents_left_out(lm: LanguageModel, blocks: TokenBlocks):
+    """Every sequence a document: the interval is the jackknife of evaluations without one of them."""
+    documents = TokenBlocks(blocks._tokens, np.arange(8) * CONTEXT, blocks.info)
+    sae = make_sae()
+    found = evaluate(sae, lm, documents, **SETTINGS)
+
+    def without(left_out: int) -> Evaluation:
+        kept = [row for row in range(8) if row != left_out]
+        return evaluate(sae, lm, TokenBlocks(blocks._tokens[kept], documents.document_starts, blocks.info), **SETTINGS)
+
+    others = [without(row) for row in range(8)]
+    for where, name in (("mean", "fvu"), ("mean", "cosine"), ("mean", "delta_ce"), ("all_layers", "kl")):
+        rest = torch.tensor([getattr(other, where)[name] for other in others])
+        want = jackknife(torch.tensor(getattr(found, where)[name]), rest)
+        assert found.ci95[where][name] == pytest.approx([want.low.item(), want.high.item()], abs=1e-5)
+    low, high = found.ci95["clean_ce"]
+    assert low < found.clean_ce < high
+    assert all(
+        row["fvu"][0] < layer["fvu"] < row["fvu"][1]
+        for row, layer in zip(found.ci95["layers"], found.layers, strict=True)
+    )
 
 
 # ---- changes nothing -------------------------------------------------------------------------------------------------
@@ -385,7 +413,7 @@ def test_evaluation_changes_no_bit_of_the_sae(lm: LanguageModel, blocks: TokenBl
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     config, weights = sae.config, [p.data_ptr() for p in lm.hf.parameters()]
     generator = torch.get_rng_state()
-    first, second = (evaluate(sae, lm, blocks, **SETTINGS).to_dict() for _ in range(2))
+    first, second = (finite(evaluate(sae, lm, blocks, **SETTINGS).to_dict()) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in sae.parameters())

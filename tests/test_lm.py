@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -539,3 +540,17 @@ def test_a_cached_model_loads_offline(tmp_path: Path, saved: Path):
     first, second = done.stdout.splitlines()
     assert first == f"org/tiny {commit} 3 2"
     assert second.startswith("model: 'org/other' is not in the local cache and offline mode is on; run 'hf download")
+
+
+def test_a_random_twin_is_the_same_model_untrained(lm: LanguageModel, tmp_path: Path):
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        before = torch.get_rng_state()
+        lm.save_random_twin(tmp_path / folder, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+    twin, again, other = (LanguageModel.from_pretrained(tmp_path / folder) for folder in "abc")
+    assert twin.shape == replace(lm.shape, name=twin.name)
+    assert twin.tokenizer.fingerprint == lm.tokenizer.fingerprint
+    tokens = lm.tokenize("a store!")
+    assert torch.equal(twin.resid(tokens), again.resid(tokens))
+    assert not torch.allclose(twin.resid(tokens), other.resid(tokens))
+    assert not torch.allclose(twin.resid(tokens), lm.resid(tokens))

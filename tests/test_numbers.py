@@ -400,6 +400,7 @@ ALTERED = {
     "separator_token": {"separator_token": "!"},
     "data": {"data": "other.jsonl"},
     "tokenizer_fingerprint": {"tokenizer_fingerprint": None},
+    "lens": {"lens": "some/lens"},
 }
 """For each key another value that is as good, with what must change beside it."""
 ONE_VALUE = {"activation", "format_version"}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from mlsae import stream
 from mlsae.config import TrainConfig
 from mlsae.data import pack
 from mlsae.errors import ConfigError, DataError, Interrupted, MlsaeError, ModelError, NumericsError
@@ -304,7 +305,7 @@ def test_vectors_beyond_the_norm_limit_are_counted_and_left_out(run, monkeypatch
             out[1, torch.arange(len(tokens)), place] = 1e6
         return out
 
-    monkeypatch.setattr(module, "READ_TOKENS", 1)  # each forward pass is a step's
+    monkeypatch.setattr(stream, "READ_TOKENS", 1)  # each forward pass is a step's
     plain = run()
     monkeypatch.setattr(LanguageModel, "resid", resid)
     done = run()
@@ -363,8 +364,8 @@ def test_short_batches_are_read_together_and_learned_from_one_by_one(run, monkey
 
     monkeypatch.setattr(LanguageModel, "resid", resid)
     together, n_passes = run(), len(sizes)
-    assert max(sizes) <= max(module.READ_TOKENS, min(sizes))
-    monkeypatch.setattr(module, "READ_TOKENS", 1)
+    assert max(sizes) <= max(stream.READ_TOKENS, min(sizes))
+    monkeypatch.setattr(stream, "READ_TOKENS", 1)
     sizes.clear()
     alone = run()
     assert n_passes < len(sizes)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlsae import analysis
     from mlsae.analyze import Analysis, analyze
+    from mlsae.compare import CompareConfig, Comparison, compare
     from mlsae.config import MLSAEConfig, TrainConfig, TrainerConfig
     from mlsae.data import TokenBlocks, pack
     from mlsae.errors import (
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
         ResourceError,
     )
     from mlsae.evaluate import Evaluation, evaluate
+    from mlsae.lens import LensQuality, TunedLens, evaluate_lens, train_lens
     from mlsae.lm import LanguageModel
+    from mlsae.offlayer import OffLayer, off_layer_matrix
+    from mlsae.reproduce import Budget, Reproduction, reproduce
     from mlsae.sae import MLSAE, Code
+    from mlsae.sweep import Sweep, sweep
     from mlsae.text import TextSource
     from mlsae.train import Run, train
     from mlsae.trainer import StepReport, Trainer
@@ -32,33 +37,48 @@ if TYPE_CHECKING:
 __all__ = [
     "MLSAE",
     "Analysis",
+    "Budget",
     "Code",
+    "CompareConfig",
+    "Comparison",
     "ConfigError",
     "DataError",
     "Evaluation",
     "Interrupted",
     "LanguageModel",
+    "LensQuality",
     "MLSAEConfig",
     "MlsaeError",
     "ModelError",
     "NumericsError",
+    "OffLayer",
+    "Reproduction",
     "ResourceError",
     "Run",
     "StepReport",
+    "Sweep",
     "TextSource",
     "TokenBlocks",
     "TrainConfig",
     "Trainer",
     "TrainerConfig",
+    "TunedLens",
     "analysis",
     "analyze",
+    "compare",
     "evaluate",
+    "evaluate_lens",
+    "off_layer_matrix",
     "pack",
+    "reproduce",
+    "sweep",
     "train",
+    "train_lens",
 ]
 
 _MODULES = {
     "analyze": ("Analysis", "analyze"),
+    "compare": ("CompareConfig", "Comparison", "compare"),
     "config": ("MLSAEConfig", "TrainConfig", "TrainerConfig"),
     "data": ("TokenBlocks", "pack"),
     "errors": (
@@ -71,8 +91,12 @@ _MODULES = {
         "ResourceError",
     ),
     "evaluate": ("Evaluation", "evaluate"),
+    "lens": ("LensQuality", "TunedLens", "evaluate_lens", "train_lens"),
     "lm": ("LanguageModel",),
+    "offlayer": ("OffLayer", "off_layer_matrix"),
     "sae": ("MLSAE", "Code"),
+    "reproduce": ("Budget", "Reproduction", "reproduce"),
+    "sweep": ("Sweep", "sweep"),
     "text": ("TextSource",),
     "train": ("Run", "train"),
     "trainer": ("StepReport", "Trainer"),
@@ -80,7 +104,7 @@ _MODULES = {
 
 
 class _Package(ModuleType):
-    """The package, in which the functions `train`, `evaluate` and `analyze` are not hidden by the files they live in."""
+    """The package, in which the functions named like the files they live in are not hidden by them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and name != "analysis" and isinstance(value, ModuleType)):

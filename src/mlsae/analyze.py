@@ -1,7 +1,10 @@
 """Read the layers of an SAE: where its latents live over much text, and on one prompt."""
 
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mlsae import files
+from mlsae.analysis.directions import Pairs, compare_pairs
+from mlsae.analysis.examples import Examples
 from mlsae.analysis.geometry import AdjacentSimilarity, ResidMeans
-from mlsae.analysis.layers import WEIGHTS, LayerStatistics
+from mlsae.analysis.latents import save_latents
+from mlsae.analysis.layers import LayerStatistics
+from mlsae.analysis.nulls import NullStatistics
+from mlsae.analysis.summary import headlines, nested, summarise
+from mlsae.analysis.vocabulary import Words, words_of
 from mlsae.data import TextSource, TokenBlocks
 from mlsae.errors import DataError
-from mlsae.evaluate import open_blocks, open_pair, token_batches
+from mlsae.evaluate import open_blocks, open_pair, text_batches, token_batches
+from mlsae.intervals import MIN_SHARDS, N_SHARDS, shard_of
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.sae import MLSAE
@@ -23,6 +33,10 @@ PROMPT = "When Mary and John went to the store, John gave a drink to"
 """The published prompt (Lawson et al. 2024, figures of single prompts)."""
 MEAN_TOKENS = 65_536
 """Tokens whose mean vectors centre the similarity of adjacent layers."""
+MAX_STATISTICS_BYTES = 4 << 30
+"""Memory for the sums of all shards of documents; a dictionary too large for it is given fewer, then no, intervals."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,21 @@ class Analysis:
     layers: tuple[int, ...]
     """Model layers, in the order of every layer axis here."""
     statistics: LayerStatistics
-    """Sums over all tokens."""
+    """Sums over all tokens, apart for each shard of documents."""
+    nulls: Mapping[str, LayerStatistics]
+    """The same of codes in which depth means nothing (see analysis.nulls); empty if not asked for."""
     means: ResidMeans
-    """Mean vectors and norms of the residual stream."""
+    """Mean vectors and norms of the residual stream, of an SAE with a lens behind it."""
     similarity: AdjacentSimilarity
-    """Cosine of adjacent layers."""
+    """Cosine of adjacent layers, in the same place."""
+    pairs: Pairs | None
+    """Decoder rows against each other; None if not asked for."""
+    words: Words | None
+    """Decoder rows against the language model's embeddings; None if not asked for."""
+    examples: Examples | None
+    """What each latent responds to at each layer; None if not asked for."""
+    blocks: TokenBlocks
+    """The text."""
     prompt: PromptActivity
     """One prompt."""
     masked_by_norm: list[int]
@@ -65,23 +89,23 @@ class Analysis:
     seconds: float
     """Wall time."""
 
+    @cached_property
+    def _depth(self) -> dict[str, Any]:
+        """The depth statistics with their intervals, and those of the nulls: worked out once."""
+        nulls = {name: nested(_plain(headlines(found))) for name, found in self.nulls.items()}
+        return {**summarise(self.statistics), "nulls": nulls}
+
     def summary(self) -> dict[str, Any]:
         """The numbers, by the names of summary.json."""
-        statistics = self.statistics
         return {
-            "n_tokens": statistics.n_tokens,
-            "n_events": int(statistics.n_events.sum()),
+            "n_tokens": self.statistics.n_tokens,
             "layers": list(self.layers),
-            "decomposition": {weight: statistics.decomposition(weight).to_dict() for weight in WEIGHTS},
-            "lawson2024": statistics.lawson2024().to_dict(),
-            "distribution": statistics.distribution().summary().to_dict(),
-            "events": {
-                "active_layers": statistics.active_layers.tolist(),
-                "longest_run": statistics.longest_run.tolist(),
-                "first_layer": statistics.first_layer.tolist(),
-                "last_layer": statistics.last_layer.tolist(),
+            **self._depth,
+            "directions": {
+                "pairs": self.pairs.to_dict() if self.pairs else None,
+                **(self.words.to_dict() if self.words else {}),
             },
-            "unused_fraction": statistics.unused_fraction().tolist(),
+            "unused_fraction": self.statistics.unused_fraction().tolist(),
             "masked_by_norm": self.masked_by_norm,
             "prompt": {"text": self.prompt.prompt, "masked_share": self.prompt.masked_share},
             "seconds": self.seconds,
@@ -89,14 +113,23 @@ class Analysis:
 
     to_dict = summary
 
-    def save(self, directory: str | Path) -> None:
-        """Write layers.safetensors, prompt.safetensors, similarity.json and, last, summary.json: without it, it is not whole."""
+    def save(self, directory: str | Path, *, progress: bool = False) -> None:
+        """Write every number, table and example that was found and, last, summary.json: without it, it is not whole.
+
+        layers.safetensors (the sums over all documents), latents.parquet (a row a latent), examples.parquet,
+        prompt.safetensors, similarity.json.
+        """
         directory = Path(directory)
         files.remove(directory / "summary.json")
-        self.statistics.save(directory / "layers.safetensors")
+        self.statistics.whole().save(directory / "layers.safetensors")
+        save_latents(directory / "latents.parquet", self.statistics, self.pairs, self.words)
         prompt = {"mass": self.prompt.mass, "by_position": self.prompt.by_position, "visible": self.prompt.visible}
         files.save_tensors(directory / "prompt.safetensors", prompt)
         files.write_json(directory / "similarity.json", {"resid": self.means.to_dict(), **self.similarity.to_dict()})
+        if self.examples is None:
+            files.remove(directory / "examples.parquet")
+        else:
+            self.examples.save(directory / "examples.parquet", self.blocks, self.layers, progress=progress)
         files.write_json(directory / "summary.json", self.summary())
 
 
@@ -109,6 +142,9 @@ def analyze(
     split: str | None = None,
     context_length: int | None = None,
     prompt: str = PROMPT,
+    nulls: bool = True,
+    directions: bool = True,
+    examples: int = 32,
     progress: bool = True,
 ) -> Analysis:
     """Stream text through the language model and the SAE, adding up where in depth its latents are active.
@@ -118,6 +154,9 @@ def analyze(
         split: part of the data; None: the held-out part of the text it was trained on, all of any other.
         context_length: tokens in a sequence; None: 2048 or the language model's limit.
         prompt: the text of the single-prompt heatmap.
+        nulls: also add up codes in which depth means nothing.
+        directions: also compare decoder rows with each other and with embeddings, which grows with n_latents^2.
+        examples: strongest contexts to keep for every latent and layer, and half as many drawn at random; 0: none.
 
     Raises:
         ModelError: the SAE was trained on another language model.
@@ -127,25 +166,61 @@ def analyze(
     sae, lm = open_pair(sae, lm)
     activity = prompt_activity(sae, lm, prompt)  # first: a prompt that cannot be read must not cost hours
     blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
+    sizes = (len(sae.layers), sae.config.n_latents)
     means = resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), progress=progress)
-    similarity = AdjacentSimilarity(means)
-    statistics = LayerStatistics(len(sae.layers), sae.config.n_latents)
+    similarity = AdjacentSimilarity(means, N_SHARDS)
+    statistics = LayerStatistics(*sizes, shards_that_fit(*sizes))
+    by_chance = NullStatistics(*sizes) if nulls else None
+    kept = Examples(*sizes, blocks.context_length, n_top=examples, n_sampled=-(-examples // 2)) if examples else None
     over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
-    for batch in token_batches(blocks, tokens, desc="analyze", progress=progress):
-        reading = read(lm, sae, batch)
+    for batch in text_batches(blocks, tokens, desc="analyze", progress=progress):
+        reading = read(lm, sae, batch.tokens)
+        visible = reading.visible.cpu()
         with torch.no_grad():
-            statistics.update(sae.encode(reading.vectors), sequence=reading.visible.nonzero()[:, 0])
-        similarity.update(reading.vectors)
+            code = sae.encode(reading.vectors)
+        documents = batch.documents[visible]
+        statistics.update(code, visible.nonzero()[:, 0], shard_of(documents, statistics.n_shards))
+        similarity.update(sae.lensed(reading.vectors), shard_of(documents))
+        if by_chance is not None:
+            by_chance.update(code)
+        if kept is not None:
+            kept.update(code, visible, batch.blocks.numpy())
         over_norm += reading.over_norm.cpu()
-    seconds = time.monotonic() - started
-    return Analysis(sae.layers, statistics, means, similarity, activity, over_norm.tolist(), seconds)
+    pairs = words = None
+    if directions:
+        centre = statistics.distribution().centre_of_mass
+        pairs = compare_pairs(sae.W_dec, centre, max_gap=min(5.0, max(1.0, sizes[0] - 1.0)), progress=progress)
+        words = words_of(sae, lm, progress=progress)
+    return Analysis(
+        layers=sae.layers,
+        statistics=statistics,
+        nulls=by_chance.statistics if by_chance is not None else {},
+        means=means,
+        similarity=similarity,
+        pairs=pairs,
+        words=words,
+        examples=kept,
+        blocks=blocks,
+        prompt=activity,
+        masked_by_norm=over_norm.tolist(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def shards_that_fit(n_layers: int, n_latents: int) -> int:
+    """Shards of documents to keep apart: N_SHARDS, or as many as MAX_STATISTICS_BYTES allows, or one."""
+    n_bytes = sum(part.element_size() * part.numel() for part in LayerStatistics(n_layers, n_latents).by_shard.values())
+    n_shards = min(N_SHARDS, MAX_STATISTICS_BYTES // n_bytes)
+    if n_shards < MIN_SHARDS:
+        log.warning("%d layers x %d latents are too many for intervals of the depth statistics", n_layers, n_latents)
+    return n_shards if n_shards >= MIN_SHARDS else 1
 
 
 def resid_means(sae: MLSAE, lm: LanguageModel, blocks: TokenBlocks, tokens: int, *, progress: bool) -> ResidMeans:
     """Mean vectors and norms of each layer over the first `tokens` tokens that `analyze` reads."""
     means = ResidMeans(len(sae.layers), sae.config.d_model)
     for batch in token_batches(blocks, tokens, desc="means of layers", progress=progress):
-        means.update(read(lm, sae, batch).vectors)
+        means.update(sae.lensed(read(lm, sae, batch).vectors))
     if means.n_tokens == 0:
         raise DataError("data", "no token is left after masking; use longer text")
     return means
@@ -162,3 +237,7 @@ def prompt_activity(sae: MLSAE, lm: LanguageModel, prompt: str) -> PromptActivit
     mass.scatter_add_(1, indices, values.double())
     tokens = lm.tokenizer.strings(reading.tokens[0].tolist())
     return PromptActivity(prompt, tokens, visible.cpu(), mass, code.values.sum(-1).double().cpu())
+
+
+def _plain(numbers: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: x.tolist() for name, x in numbers.items()}

@@ -7,247 +7,18 @@ import json
 import logging
 import os
 import re
-import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import tyro
-from pydantic import Field
 
-from mlsae.config import Config, Positive, TrainConfig, load_config
+from mlsae.commands import COMMANDS, HELP, Output, Train
+from mlsae.config import Config, TrainConfig, load_config
 from mlsae.errors import ConfigError, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
 from mlsae.stopping import interruptible
-
-Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
-
-
-class Output(Config):
-    """What every command can be told about its output."""
-
-    json_: Annotated[str | None, tyro.conf.arg(name="json", metavar="FILE")] = None
-    """Also write the result as JSON to this file; `-` prints it instead of the table."""
-    quiet: bool = False
-    """No progress bars."""
-    debug: bool = False
-    """Show the traceback of an error."""
-    offline: bool = False
-    """Use no network: folders, and what is in the Hub's cache."""
-
-
-class Demo(Output):
-    """The whole story on a real model with no network: train, evaluate, analyze, report."""
-
-    out: str | None = None
-    """Folder to write; None: demo, or demo-2, demo-3 ... if that is taken."""
-    minutes: Annotated[float, Field(gt=0)] = 7.0
-    """Wall time to aim for; it sets how much text is read."""
-
-
-class Train(Output, TrainConfig):
-    """Train one sparse autoencoder on every layer of a language model."""
-
-    config: str | None = None
-    """YAML or JSON file of these same keys; flags win over it."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the run directory."""
-
-
-class Reader(Config):
-    """What evaluate and analyze read."""
-
-    sae: Sae
-    """Run directory, SAE folder or Hub id."""
-    lm: str | None = None
-    """Language model; None: the one the SAE was trained on."""
-    data: str | None = None
-    """Text file, folder or Hub dataset; None: the text the SAE was trained on."""
-    split: str | None = None
-    """Part of the data; None: what was held out from training, or all of any other text."""
-    context_length: Positive | None = None
-    """Tokens in a sequence; None: 2048 or the language model's limit."""
-
-
-class Evaluate(Output, Reader):
-    """Measure how good an SAE is on held-out text, layer by layer."""
-
-    tokens: Positive = 1_000_000
-    """Tokens to read."""
-    splice_tokens: Positive | None = None
-    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
-
-
-class Analyze(Output, Reader):
-    """Read the layers of an SAE: where its latents live, as numbers, figures and a report."""
-
-    out: str | None = None
-    """Folder to write; None: analysis in the run directory."""
-    tokens: Positive = 10_000_000
-    """Tokens to read."""
-    prompt: str | None = None
-    """Text of the single-prompt heatmap; None: the paper's."""
-
-
-class Info(Output):
-    """Say what is installed, which devices there are, and who computes the sparse operations."""
-
-
-# ---- the commands --------------------------------------------------------------------------------------------------
-
-
-def run_demo(command: Demo) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae.analysis.report import plain_table
-    from mlsae.demo import demo
-
-    out = command.out or next(
-        name for n in range(1, 1000) if not Path(name := f"demo-{n}" if n > 1 else "demo").exists()
-    )
-    result = demo(out, minutes=command.minutes, progress=not command.quiet)
-    run = shlex.quote(result.run.directory)
-    return result, "\n".join(
-        [
-            plain_table(result.evaluation),
-            "",
-            result.outlook,
-            f"{result.seconds / 60:.1f} minutes. Open {result.report}",
-            f"Then look closer: mlsae analyze {run} --tokens 1e5",
-        ]
-    )
-
-
-def run_train(command: Train) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae.train import train
-
-    values = command.model_dump(exclude={"config", "resume", *Output.model_fields})
-    run = train(TrainConfig(**values), resume=command.resume, progress=not command.quiet)
-    return run, (
-        f"{run.steps:,} steps, {run.tokens:,} tokens ({run.passes:.2f} passes) in {run.seconds / 60:.1f} minutes: "
-        f"FVU {run.fvu:.3f}, {run.dead_fraction:.1%} dead\n"
-        f"{run.directory}/sae\nNext: mlsae evaluate {shlex.quote(run.directory)}"
-    )
-
-
-def run_evaluate(command: Evaluate) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae import files
-    from mlsae.analysis.report import plain_table
-    from mlsae.evaluate import evaluate
-
-    sae, lm, data = _named(command)
-    evaluation = evaluate(
-        sae,
-        lm,
-        data,
-        tokens=command.tokens,
-        splice_tokens=command.splice_tokens,
-        split=command.split,
-        context_length=command.context_length,
-        progress=not command.quiet,
-    )
-    lines = [plain_table(evaluation), f"{evaluation.n_tokens:,} tokens, {evaluation.dead_fraction:.1%} dead latents"]
-    if (run := _run_directory(command.sae)) is not None:
-        files.write_json(run / "evaluation.json", evaluation.to_dict())
-        lines += [str(run / "evaluation.json"), f"Next: mlsae analyze {shlex.quote(command.sae)}"]
-    return evaluation, "\n".join(lines)
-
-
-def run_analyze(command: Analyze) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae import files
-    from mlsae.analysis.report import write_report
-    from mlsae.analyze import PROMPT, analyze
-
-    run = _run_directory(command.sae)
-    if command.out is None and run is None:
-        raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
-    out = Path(command.out) if command.out is not None else Path(command.sae) / "analysis"
-    files.probe_writable(out)
-    known = {} if run is None else _known(run)  # before the work: what cannot be read must not cost it
-    sae, lm, data = _named(command)
-    analysis = analyze(
-        sae,
-        lm,
-        data,
-        tokens=command.tokens,
-        split=command.split,
-        context_length=command.context_length,
-        prompt=PROMPT if command.prompt is None else command.prompt,
-        progress=not command.quiet,
-    )
-    analysis.save(out)
-    report, *_ = write_report(
-        out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known
-    )
-    terms = analysis.statistics.decomposition()
-    shares = {name: f"{getattr(terms, name) / terms.total:.0%}" for name in ("within", "token", "latent")}
-    return analysis, (
-        f"{analysis.statistics.n_tokens:,} tokens. Of the variance of depth {shares['within']} is within one latent on one "
-        f"token, {shares['token']} between tokens, {shares['latent']} between latents.\n{report}"
-    )
-
-
-def run_info(command: Info) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae.info import info
-
-    found = info()
-    return found, str(found)
-
-
-def _named(command: Evaluate | Analyze) -> tuple[Any, str, str]:
-    """The SAE, and the language model and text that were named, or else those it was trained with."""
-    from mlsae.sae import MLSAE
-
-    sae = MLSAE.from_pretrained(command.sae)
-    lm = sae.config.lm if command.lm is None else command.lm
-    data = sae.config.data if command.data is None else command.data
-    if lm is None:
-        raise ConfigError("lm", "the SAE does not say what it was trained on; give --lm")
-    if data is None:
-        raise ConfigError("data", "the SAE does not say what it was trained on; give --data")
-    return sae, lm, data
-
-
-def _run_directory(sae: str) -> Path | None:
-    return Path(sae) if (Path(sae) / "sae" / "config.json").is_file() else None
-
-
-def _known(run: Path) -> dict[str, Any]:
-    """What a run directory can add to a report."""
-    from mlsae import files
-
-    metrics, evaluation = run / "metrics.jsonl", run / "evaluation.json"
-    return {
-        "run": files.read_json(run / "config.json"),
-        "evaluation": files.read_json(evaluation) if evaluation.is_file() else None,
-        "metrics": files.read_jsonl(metrics) if metrics.is_file() else [],
-    }
-
-
-COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
-    "demo": (Demo, run_demo),
-    "train": (Train, run_train),
-    "evaluate": (Evaluate, run_evaluate),
-    "analyze": (Analyze, run_analyze),
-    "info": (Info, run_info),
-}
-HELP = """usage: mlsae COMMAND ...
-
-Train one sparse autoencoder on every layer of a language model, and see where its latents live.
-
-  demo       the whole story on a real model with no network, in minutes
-  train      train an SAE on every layer of a language model
-  evaluate   how good it is on held-out text, layer by layer
-  analyze    where in depth its latents live: numbers, figures, a report
-  info       what is installed, and who computes the sparse operations
-
-mlsae COMMAND --help says more. Start with: mlsae demo
-"""
-
 
 # ---- parse, call, print ---------------------------------------------------------------------------------------------
 
@@ -379,7 +150,12 @@ def _check_flags(model: type[Config], arguments: list[str], given: set[str]) -> 
             )
     present = {argument.split("=", 1)[0].replace("_", "-") for argument in arguments}
     for flag, field in flags.items():
-        if field.is_required() and flag != "--sae" and flag not in present and flag[2:] not in given:
+        if (
+            field.is_required()
+            and flag not in ("--sae", "--comparison")
+            and flag not in present
+            and flag[2:] not in given
+        ):
             raise ConfigError(flag[2:], f"missing; give {flag}")
 
 
@@ -396,6 +172,8 @@ def _usage_error(shown: str, model: type[Config], arguments: list[str]) -> Confi
         return ConfigError(
             arguments[0], f"'{extra.group(1).strip()}' is not understood; see mlsae {arguments[0]} --help"
         )
+    if "comparison" in model.model_fields:
+        return ConfigError("comparison", "missing; name its YAML file")
     return ConfigError("sae", "missing; name a run directory, an SAE folder or a Hub id")
 
 

@@ -211,6 +211,8 @@ class MLSAEConfig(DictionaryFields):
     """Text it was trained on: evaluation on the same text keeps to its held-out part."""
     tokenizer_fingerprint: str | None = None
     """SHA-256 that tells this language model's tokenizer from others."""
+    lens: str | None = None
+    """Where the tuned lens before the frame came from; its maps are among the weights. None: there is none."""
     activation: Literal["topk"] = "topk"
     """The k largest pre-activations, then ReLU."""
     format_version: Literal[1] = 1
@@ -344,6 +346,8 @@ class TrainConfig(TrainerConfig, DictionaryFields, Materials):
     """Leave out the first position of every sequence; None: the recipe's."""
     mask_norm_factor: Annotated[float, Field(ge=0)] | None = None
     """Leave out tokens whose norm exceeds this many times their layer's median; 0: off; None: the recipe's (standard: 10)."""
+    lens: str | None = None
+    """Folder of a tuned lens, which `mlsae lens` writes, to put before the frame; None: none."""
     context_length: Positive | None = None
     """Tokens in a sequence; None: 2048 or the language model's limit."""
     batch_size: Positive | None = None
@@ -363,7 +367,9 @@ class TrainConfig(TrainerConfig, DictionaryFields, Materials):
     repeat: bool = True
     """Start over when the text ends; off: stop cleanly and say how many tokens were used."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 42
-    """Seed of the initial weights and of the data order."""
+    """Seed of the initial weights and, unless data_seed says otherwise, of the data order."""
+    data_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Seed of the data order; None: seed. Runs that share it read the same text in the same order."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps; None: the first accelerator, else cpu."""
     lm_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -425,6 +431,7 @@ def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
         context_length=context,
         batch_size=batch,
         accumulation_steps=accumulation,
+        data_seed=_first(config.data_seed, config.seed),
         lr=_first(config.lr, rules.lr, default_lr(sae.n_latents // config.groups)),
         warmup_fraction=_first(config.warmup_fraction, rules.warmup_fraction),
         decay_fraction=_first(config.decay_fraction, rules.decay_fraction),
@@ -463,6 +470,7 @@ def sae_config(config: TrainConfig, lm: LMShape) -> MLSAEConfig:
         lm=lm.name,
         separator_token=config.separator_token,
         data=config.data,
+        lens=config.lens,
     )
 
 

@@ -70,6 +70,17 @@ class PackInfo:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TextBatch:
+    """Some blocks of text."""
+
+    tokens: Int[Tensor, "batch pos"]
+    blocks: Int[Tensor, " batch"]
+    """Their places on disk."""
+    documents: Int[Tensor, "batch pos"]
+    """The document of each token, counted from 0."""
+
+
 class TokenBlocks:
     """Blocks of token ids over a read-only memory map, and where documents start in them."""
 
@@ -130,6 +141,11 @@ class TokenBlocks:
         offsets = block_ids[:, None] * self.context_length + np.arange(self.context_length)
         found = np.searchsorted(self.document_starts, offsets, side="right") - 1
         return torch.from_numpy(found.clip(min=0))
+
+    def batch(self, position: int, n: int) -> "TextBatch":
+        """The n blocks after the first `position` of the shuffled text, and where they are from."""
+        ids = self.block_ids(position, n)
+        return TextBatch(self.tokens(ids), torch.from_numpy(ids), self.document_ids(ids))
 
     def pass_of(self, position: int) -> int:
         """How many times the text was read whole before this position."""

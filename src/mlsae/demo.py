@@ -25,7 +25,8 @@ from mlsae.evaluate import Evaluation, evaluate
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.sae import MLSAE
-from mlsae.train import READ_TOKENS, Run, train
+from mlsae.stream import READ_TOKENS
+from mlsae.train import Run, train
 from mlsae.trainer import Trainer
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,6 +83,28 @@ def check_fits(config: TrainConfig, d_model: int, device: torch.device) -> None:
         raise ResourceError(
             "out",
             f"{config.keep_checkpoints + 1} checkpoints need {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free at {config.out}; "
+            "free some space or choose another --out",
+        )
+
+
+def check_fit_together(configs: Sequence[TrainConfig], d_model: int, device: torch.device) -> None:
+    """Refuse SAEs that each fit and all together do not. The configs are resolved."""
+    for config in configs:
+        check_fits(config, d_model, device)
+    entries = [(config.n_latents or 0) * d_model for config in configs]
+    needed, free = TRAINING_BYTES * sum(entries), free_memory(device)
+    if needed > free:
+        raise ConfigError(
+            "arms",
+            f"{len(configs)} SAEs at once need about {needed / 1e9:.1f} GB (weights, gradients, Adam); {free / 1e9:.1f} GB free; "
+            "train fewer at once",
+        )
+    kept = [CHECKPOINT_BYTES * n * (config.keep_checkpoints + 1) for n, config in zip(entries, configs, strict=True)]
+    needed, free = sum(kept), files.free_bytes(Path(configs[0].out))
+    if needed > free:
+        raise ResourceError(
+            "out",
+            f"checkpoints of {len(configs)} SAEs need {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free at {configs[0].out}; "
             "free some space or choose another --out",
         )
 

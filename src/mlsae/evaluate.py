@@ -1,7 +1,8 @@
 """How good an SAE is on held-out text, layer by layer, in one streaming pass in which nothing is dense."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mlsae.data import TextSource, TokenBlocks, pack
-from mlsae.errors import ConfigError, DataError
+from mlsae.data import TextBatch, TextSource, TokenBlocks
+from mlsae.errors import DataError
+from mlsae.intervals import N_SHARDS, Estimate, jackknife, shard_of, with_interval
 from mlsae.lm import LanguageModel
 from mlsae.metrics import ReconstructionSums, cross_entropy, kl_divergence
-from mlsae.reading import Reading, check_pair, read
+from mlsae.reading import Reading, check_pair, read, text_blocks
 from mlsae.reporting import bar
 from mlsae.sae import MLSAE
 
@@ -31,7 +33,8 @@ class Evaluation:
     n_spliced_tokens: int
     """Positions over which cross-entropy and KL were measured, masked ones included."""
     layers: list[dict[str, Any]]
-    """For each layer: layer, fvu, mse, cosine, norm_ratio, l0, l1, unused_fraction, delta_ce, kl."""
+    """For each layer: layer, fvu, mse, cosine, norm_ratio, l0, l1, unused_fraction, delta_ce, kl; of an SAE with a
+    lens also lens_fvu and lens_mse, which are taken behind it, where the SAE was trained."""
     mean: dict[str, float]
     """The unweighted mean over layers of each of these."""
     all_layers: dict[str, float]
@@ -44,12 +47,22 @@ class Evaluation:
     """Vectors left out for their norm, per layer."""
     lawson2024: dict[str, Any]
     """The published definitions where they differ: `layers` and `mean` of fvu, mse, kl."""
+    ci95: dict[str, Any]
+    """95 % intervals over documents (see intervals.py) of what is in `layers`, `mean`, `all_layers` and `clean_ce`, in the
+    same places; NaN where there are too few documents. Shares of latents have none."""
     seconds: float
     """Wall time."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values by field name."""
-        return asdict(self)
+        """Plain JSON values by field name; a number with an interval is `{"value", "ci95"}`."""
+        plain = asdict(self)
+        ends = plain.pop("ci95")
+        rows = zip(self.layers, ends["layers"], strict=True)
+        return plain | {
+            "layers": [_with_intervals(row, of_row) for row, of_row in rows],
+            **{name: _with_intervals(plain[name], ends[name]) for name in ("mean", "all_layers")},
+            "clean_ce": with_interval(self.clean_ce, ends["clean_ce"]),
+        }
 
 
 def evaluate(
@@ -80,12 +93,14 @@ def evaluate(
     blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
     sums = EvaluationSums(sae)
     spliced = 0
-    for batch in token_batches(blocks, tokens, desc="evaluate", progress=progress):
-        reading = read(lm, sae, batch)
-        recon = sums.update_reconstruction(sae, reading)
+    for batch in text_batches(blocks, tokens, desc="evaluate", progress=progress):
+        reading, shard = read(lm, sae, batch.tokens), shard_of(batch.documents)
+        recon = sums.update_reconstruction(sae, reading, shard)
         if splice_tokens is None or spliced < splice_tokens:
-            part = slice(None) if splice_tokens is None else slice(-(-(splice_tokens - spliced) // batch.shape[1]))
-            sums.update_downstream(lm, sae, reading, recon, part)
+            part = slice(None)
+            if splice_tokens is not None:
+                part = slice(-(-(splice_tokens - spliced) // blocks.context_length))
+            sums.update_downstream(lm, sae, reading, recon, shard, part)
             spliced += reading.tokens[part].numel()
     return sums.evaluation(sae, time.monotonic() - started)
 
@@ -114,19 +129,9 @@ def open_blocks(
 
     All of the text is packed, so that `tokens` of it are an even sample, but of a stream no more than `tokens`.
     """
-    if isinstance(data, TokenBlocks):
-        if (theirs := data.info.tokenizer_fingerprint) != (ours := lm.tokenizer.fingerprint):
-            raise DataError("data", f"was packed with tokenizer {theirs[:12]}; {lm.name} has {ours[:12]}; pack it anew")
-        return data
-    limit = lm.context_length or BATCH_TOKENS
-    length = min(BATCH_TOKENS, limit) if context_length is None else context_length
-    if length < 2:
-        raise ConfigError("context_length", f"{length}; at least 2 tokens are needed to predict one")
-    if length > limit:
-        raise ConfigError("context_length", f"{length} exceeds the model's {limit}; lower it")
     if isinstance(data, str):
         data = TextSource(data, held_out_split(sae, data) if split is None else split)
-    return pack(data, lm.tokenizer, length, max_tokens=tokens if data.streaming else None, progress=progress)
+    return text_blocks(lm, data, tokens=tokens, context_length=context_length, progress=progress)
 
 
 def held_out_split(sae: MLSAE, data: str) -> str:
@@ -137,36 +142,50 @@ def held_out_split(sae: MLSAE, data: str) -> str:
 
 def token_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool) -> Iterator[Int[Tensor, "batch pos"]]:
     """`tokens` tokens of the blocks, in a fixed shuffled order, each block once."""
+    return (batch.tokens for batch in text_batches(blocks, tokens, desc=desc, progress=progress))
+
+
+def text_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool) -> Iterator[TextBatch]:
+    """The same, with their places and documents."""
     n_blocks = min(len(blocks), max(1, tokens // blocks.context_length))
     size = max(1, BATCH_TOKENS // blocks.context_length)
 
-    def batches() -> Iterator[tuple[int, Tensor]]:
+    def batches() -> Iterator[tuple[int, TextBatch]]:
         for position in range(0, n_blocks, size):
-            batch = blocks.read(position, min(size, n_blocks - position))
-            yield batch.numel(), batch
+            batch = blocks.batch(position, min(size, n_blocks - position))
+            yield batch.tokens.numel(), batch
 
     return bar(batches(), total=n_blocks * blocks.context_length, desc=desc, progress=progress)
 
 
 class EvaluationSums:
-    """Streaming sums of every metric, over the layers of one SAE."""
+    """Streaming sums of every metric, over the layers of one SAE, apart for each shard of documents."""
 
     def __init__(self, sae: MLSAE):
         n_layers = len(sae.layers)
-        self.reconstruction = ReconstructionSums(n_layers, sae.config.d_model)
+        sizes = (n_layers, sae.config.d_model, N_SHARDS)
+        self.reconstruction = ReconstructionSums(*sizes)
+        self.lensed = None if sae.lens is None else ReconstructionSums(*sizes)
         self.fired = torch.zeros(n_layers, sae.config.n_latents, dtype=torch.bool, device=sae.W_enc.device)
         self.over_norm = torch.zeros(n_layers, dtype=torch.int64)
-        self.losses = torch.zeros(n_layers + 2, dtype=torch.float64)
+        self.losses = torch.zeros(N_SHARDS, n_layers + 2, dtype=torch.float64)
         """Summed cross-entropy: each layer replaced, all replaced, clean."""
-        self.kl = torch.zeros(n_layers + 1, dtype=torch.float64)
+        self.kl = torch.zeros(N_SHARDS, n_layers + 1, dtype=torch.float64)
         self.kl_reversed = torch.zeros(n_layers + 1, dtype=torch.float64)
-        self.n_predicted, self.n_positions, self.n_sequences = 0, 0, 0
+        self.n_predicted = torch.zeros(N_SHARDS, dtype=torch.int64)
+        self.n_positions = torch.zeros(N_SHARDS, dtype=torch.int64)
+        self.n_sequences = 0
 
     @torch.no_grad()
-    def update_reconstruction(self, sae: MLSAE, reading: Reading) -> Float[Tensor, "layer token d_model"]:
+    def update_reconstruction(
+        self, sae: MLSAE, reading: Reading, shard: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "layer token d_model"]:
         """Add one batch's reconstruction metrics; returns the reconstruction."""
         code, recon = sae(reading.vectors)
-        self.reconstruction.update(reading.vectors, recon, code.values, n_masked=int((~reading.visible).sum()))
+        where: dict[str, Any] = {"shard": shard[reading.visible.cpu()], "n_masked": int((~reading.visible).sum())}
+        self.reconstruction.update(reading.vectors, recon, code.values, **where)
+        if self.lensed is not None:
+            self.lensed.update(sae.lensed(reading.vectors), sae.decode_lensed(code), code.values, **where)
         for layer, (values, indices) in enumerate(zip(code.values, code.indices, strict=True)):
             self.fired[layer, indices[values > 1e-3]] = True
         self.over_norm += reading.over_norm.cpu()
@@ -174,61 +193,110 @@ class EvaluationSums:
 
     @torch.no_grad()
     def update_downstream(
-        self, lm: LanguageModel, sae: MLSAE, reading: Reading, recon: Float[Tensor, "layer token d_model"], part: slice
+        self,
+        lm: LanguageModel,
+        sae: MLSAE,
+        reading: Reading,
+        recon: Float[Tensor, "layer token d_model"],
+        shard: Int[Tensor, "batch pos"],
+        part: slice,
     ) -> None:
         """Add what the language model loses, on the sequences in `part`, when each layer, and all, are replaced."""
         spliced = reading.resid.clone()
         spliced[:, reading.visible] = recon
-        tokens, visible = reading.tokens[part], reading.visible[part]
+        tokens, visible, shard = reading.tokens[part], reading.visible[part], shard[part]
         clean = lm.logits(tokens).float().log_softmax(-1)
-        self.losses[-1] += sum(cross_entropy(*pair).cpu() for pair in zip(clean, tokens, strict=True))
+        for row in zip(clean, tokens, shard, strict=True):
+            self._add_loss(-1, *row)
         for row, layer in enumerate(sae.layers):
-            self._compare(row, clean, lm.run_from(spliced[row, part], layer, tokens), tokens)
+            self._compare(row, clean, lm.run_from(spliced[row, part], layer, tokens), tokens, shard)
         replace = {layer: splice_with(sae, layer, visible) for layer in sae.layers}
-        self._compare(len(sae.layers), clean, lm.logits(tokens, replace=replace), tokens)
-        self.n_predicted += tokens[:, 1:].numel()
-        self.n_positions += tokens.numel()
+        self._compare(len(sae.layers), clean, lm.logits(tokens, replace=replace), tokens, shard)
+        self.n_predicted += shard[:, 1:].flatten().bincount(minlength=N_SHARDS)
+        self.n_positions += shard.flatten().bincount(minlength=N_SHARDS)
         self.n_sequences += len(tokens)
 
-    def _compare(self, row: int, clean: Tensor, logits: Tensor, tokens: Tensor) -> None:
+    def _compare(self, row: int, clean: Tensor, logits: Tensor, tokens: Tensor, shard: Tensor) -> None:
         """Add one splice: `clean` are the untouched model's log-probabilities, `logits` the spliced one's."""
-        for before, after, targets in zip(
-            clean, logits, tokens, strict=True
+        for before, after, targets, owner in zip(
+            clean, logits, tokens, shard, strict=True
         ):  # one sequence at a time: these are large
             after = after.float().log_softmax(-1)
-            self.losses[row] += cross_entropy(after, targets).cpu()
-            self.kl[row] += kl_divergence(before, after).double().sum().cpu()
+            self._add_loss(row, after, targets, owner)
+            self.kl[:, row].index_add_(0, owner, kl_divergence(before, after).double().cpu())
             self.kl_reversed[row] += kl_divergence(after, before).double().sum().cpu()
+
+    def _add_loss(self, row: int, log_probs: Tensor, tokens: Tensor, shard: Tensor) -> None:
+        self.losses[:, row].index_add_(0, shard[1:], cross_entropy(log_probs, tokens).cpu())
+
+    def _reconstructed(self, without: int | None = None) -> dict[str, Float[Tensor, " row"]]:
+        """Metrics of the vectors, over all documents or all but one shard's: a row a layer, then their mean."""
+        found = {name: x for name, x in vars(self.reconstruction.quality(without)).items() if "lawson2024" not in name}
+        if self.lensed is not None:
+            behind = self.lensed.quality(without)
+            found |= {"lens_fvu": behind.fvu, "lens_mse": behind.mse}
+        return {name: torch.cat([x, x.mean(0, keepdim=True)]) for name, x in found.items()}
+
+    def _spliced(self, without: int | None = None) -> dict[str, Float[Tensor, " row"]]:
+        """The same of the language model's loss, with a row more: all layers replaced at once. Of clean_ce one row alone."""
+        kept = torch.ones(N_SHARDS, dtype=torch.float64)
+        if without is not None:
+            kept[without] = 0
+        ce = kept @ self.losses / (kept @ self.n_predicted.double())
+        kl = kept @ self.kl / (kept @ self.n_positions.double())
+        return {"delta_ce": _mean_inserted(ce[:-1] - ce[-1]), "kl": _mean_inserted(kl), "clean_ce": ce[-1:]}
+
+    def _estimates(self) -> dict[str, Estimate]:
+        """Every metric with its interval, from the shards of documents that it was measured on."""
+        vectors = torch.tensor([shard.n_tokens for shard in self.reconstruction.shards])
+        found: dict[str, Estimate] = {}
+        for numbers, seen in ((self._reconstructed, vectors), (self._spliced, self.n_predicted)):
+            without = [numbers(int(shard)) for shard in seen.nonzero()[:, 0]]
+            for name, value in numbers().items() if without else ():
+                found[name] = jackknife(value, torch.stack([part[name] for part in without]))
+        return found
 
     def evaluation(self, sae: MLSAE, seconds: float) -> Evaluation:
         """The totals, divided once."""
-        n_tokens = self.reconstruction.moments.n_tokens
-        if n_tokens == 0:
+        if self.reconstruction.n_tokens == 0:
             raise DataError("data", "no token is left after masking; use longer text")
-        quality = {name: column.tolist() for name, column in vars(self.reconstruction.quality()).items()}
-        published = {
-            name.removesuffix("_lawson2024"): quality.pop(name) for name in list(quality) if "lawson2024" in name
-        }
-        quality["unused_fraction"] = (~self.fired).float().mean(1).tolist()
-        ce = (self.losses / max(1, self.n_predicted)).tolist()
-        kl = (self.kl / max(1, self.n_positions)).tolist()
-        downstream: dict[str, float] = {}
-        if self.n_predicted:
-            quality["delta_ce"], quality["kl"] = [loss - ce[-1] for loss in ce[:-2]], kl[:-1]
-            published["kl"] = (self.kl_reversed[:-1] / self.n_sequences).tolist()
-            downstream = {"delta_ce": ce[-2] - ce[-1], "kl": kl[-1]}
+        estimates = self._estimates()
+        rows, mean, all_layers = len(sae.layers), len(sae.layers), len(sae.layers) + 1
+        clean = estimates.pop("clean_ce", None)
+        values = {name: found.value.tolist() for name, found in estimates.items()}
+        ends = {name: torch.stack([x.low, x.high], 1).tolist() for name, x in estimates.items()}
+        unused = (~self.fired).float().mean(1).tolist()
+        values["unused_fraction"] = [*unused, sum(unused) / rows]
+        published = self._published()
         return Evaluation(
-            n_tokens=n_tokens,
-            n_spliced_tokens=self.n_positions,
-            layers=_by_layer(sae, quality),
-            mean=_means(quality),
-            all_layers=downstream,
-            clean_ce=ce[-1] if self.n_predicted else float("nan"),
+            n_tokens=self.reconstruction.n_tokens,
+            n_spliced_tokens=int(self.n_positions.sum()),
+            layers=[{"layer": layer, **_row(values, row)} for row, layer in enumerate(sae.layers)],
+            mean=_row(values, mean),
+            all_layers=_row(values, all_layers),
+            clean_ce=float(clean.value) if clean is not None else math.nan,
             dead_fraction=float((~self.fired.any(0)).float().mean()),
             masked_by_norm=self.over_norm.tolist(),
-            lawson2024={"layers": _by_layer(sae, published), "mean": _means(published)},
+            lawson2024={
+                "layers": [{"layer": layer, **_row(published, row)} for row, layer in enumerate(sae.layers)],
+                "mean": _row(published, mean),
+            },
+            ci95={
+                "layers": [_row(ends, row) for row in range(rows)],
+                "mean": _row(ends, mean),
+                "all_layers": _row(ends, all_layers),
+                "clean_ce": [float(clean.low), float(clean.high)] if clean is not None else [math.nan, math.nan],
+            },
             seconds=seconds,
         )
+
+    def _published(self) -> dict[str, list[float]]:
+        """The published definitions: a row a layer, then their mean. With a lens, the published code stays behind it."""
+        quality = (self.reconstruction if self.lensed is None else self.lensed).quality()
+        found = {"fvu": quality.fvu_lawson2024, "mse": quality.mse_lawson2024}
+        if self.n_sequences:
+            found["kl"] = self.kl_reversed[:-1] / self.n_sequences
+        return {name: [*x.tolist(), float(x.mean())] for name, x in found.items()}
 
 
 def splice_with(sae: MLSAE, layer: int, visible: Bool[Tensor, "batch pos"]) -> Callable[[Tensor], Tensor]:
@@ -242,12 +310,15 @@ def splice_with(sae: MLSAE, layer: int, visible: Bool[Tensor, "batch pos"]) -> C
     return splice
 
 
-def _by_layer(sae: MLSAE, columns: dict[str, list[float]]) -> list[dict[str, Any]]:
-    return [
-        {"layer": layer, **{name: column[row] for name, column in columns.items()}}
-        for row, layer in enumerate(sae.layers)
-    ]
+def _mean_inserted(x: Float[Tensor, " row"]) -> Float[Tensor, " _"]:
+    """The mean over layers, put between them and the last row, all layers at once."""
+    return torch.cat([x[:-1], x[:-1].mean(0, keepdim=True), x[-1:]])
 
 
-def _means(columns: dict[str, list[float]]) -> dict[str, float]:
-    return {name: sum(column) / len(column) for name, column in columns.items()}
+def _row(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
+    """One row of every column that is so long."""
+    return {name: column[row] for name, column in columns.items() if row < len(column)}
+
+
+def _with_intervals(values: Mapping[str, Any], ends: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: with_interval(x, ends[name]) if name in ends else x for name, x in values.items()}

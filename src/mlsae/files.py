@@ -9,11 +9,14 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
+import pickle
 import re
 import shutil
 import socket
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import yaml
 from yaml.constructor import ConstructorError
 
-from mlsae.errors import ConfigError, ModelError, ResourceError
+from mlsae.errors import ConfigError, ModelError, ResourceError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -38,6 +41,8 @@ MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 8 << 20
 """Of a safetensors file: a few hundred bytes a tensor."""
 MAX_JSONL_BYTES = 256 << 20
+_BAD_PICKLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What torch's unpickler raises, beside its own errors, over bytes that make no sense."""
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -45,12 +50,19 @@ MAX_JSONL_BYTES = 256 << 20
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably: after a crash it holds the old bytes or the new ones."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """A hidden file beside `path` to fill bit by bit; on a clean exit it is synced and takes its place, durably."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
             with open(staged, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, path)
@@ -401,6 +413,35 @@ def load_tensors(
             wanted = {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
             _check_tensors(path, found, wanted)
         return {name: file.get_tensor(name) for name in slices}
+
+
+def load_pickled_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> "dict[str, Tensor]":
+    """The tensors of these names and shapes, as float32, that `torch.save` wrote, for a format that has no other file.
+
+    It is read by torch's restricted unpickler, which makes tensors and calls nothing else, after a look at its sizes.
+    """
+    import torch
+
+    limit = 8 * sum(math.prod(shape) for shape in shapes.values()) + MAX_JSON_BYTES
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(max(entry.file_size, entry.compress_size) for entry in archive.infolist())
+        if size > limit:
+            raise ModelError(str(path), f"holds {size} bytes; its config allows {limit}")
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, EOFError, RuntimeError, *_BAD_PICKLE) as error:
+        raise ModelError(str(path), f"holds more than tensors, or is damaged ({type(error).__name__})") from error
+    found = tensors if isinstance(tensors, dict) else {}
+    if odd := sorted(map(str, found.keys() ^ shapes.keys())) or ([] if found else ["a dictionary"]):
+        raise ModelError(str(path), f"'{printable(odd[0])}' is missing or unknown; it is not of this config")
+    for name, shape in shapes.items():
+        if not (isinstance(found[name], torch.Tensor) and found[name].is_floating_point()):
+            raise ModelError(str(path), f"'{name}' is no tensor of floating-point numbers")
+        if tuple(found[name].shape) != shape:
+            raise ModelError(
+                str(path), f"tensor '{name}' has shape {list(found[name].shape)}; config.json needs {list(shape)}"
+            )
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
 @contextlib.contextmanager

@@ -25,14 +25,15 @@ def initialise(
     """Fit the SAE's norm limits, frame and `b_pre` to about `n_tokens` tokens; returns each layer's variance.
 
     `batches` hold the vectors left by masking, without the limit on norms. They are read once and not kept, but for a sample
-    of `MEDIAN_VECTORS`. Raises DataError if there is no token at all, or a layer does not vary.
+    of `MEDIAN_VECTORS`. Limits are for norms in the residual stream; all else is behind the SAE's lens, if it has one.
+    Raises DataError if there is no token at all, or a layer does not vary.
     """
     batches = iter(batches)
     first = _take(batches, min(NORM_TOKENS, n_tokens))
     _set_norm_limit(sae, torch.cat(first, 1))
     moments, sample = Moments(*first[0].shape[::2]), _Sample()
     for resid in itertools.chain(first, batches):
-        resid = resid[:, sae.within_norm(resid.norm(dim=-1)).all(0)]
+        resid = sae.lensed(resid[:, sae.within_norm(resid.norm(dim=-1)).all(0)])
         sample.add(resid, moments.n_tokens)
         moments.update(resid)
         if moments.n_tokens >= n_tokens:
@@ -41,7 +42,7 @@ def initialise(
         layer = sae.layers[int(moments.variance.argmin())]
         raise DataError("data", f"layer {layer} does not vary over {moments.n_tokens} tokens; use longer text")
     sae.frame.fit(moments.mean, moments.variance)
-    _set_bias(sae, first[0] if rules.bias_init == "raw" else sample.vectors(), rules)
+    _set_bias(sae, sae.lensed(first[0]) if rules.bias_init == "raw" else sample.vectors(), rules)
     return moments.variance
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mlsae import devices, hub
+from mlsae import devices, files, hub
 from mlsae.config import LMShape, check_layers
 from mlsae.errors import ConfigError, DataError, ModelError, printable
 from mlsae.tokens import Tokenizer
@@ -76,6 +76,16 @@ class LanguageModel:
         """Where the model is, and where the tensors it returns are."""
         return self.hf.device
 
+    @property
+    def embedding(self) -> Float[Tensor, "{self.d_vocab} d_embed"]:
+        """Row of each token at the model's input; d_embed is d_model but for a few models that project it."""
+        return self.hf.get_input_embeddings().weight
+
+    @property
+    def unembedding(self) -> Float[Tensor, "{self.d_vocab} d_embed"]:
+        """Row of each token at the model's output: the same tensor as `embedding` where the two are tied."""
+        return self.hf.get_output_embeddings().weight
+
     def tokenize(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids of prompts, shorter ones padded on the right, on the model's device."""
         return self.tokenizer.prompts(text).to(self.device)
@@ -127,8 +137,44 @@ class LanguageModel:
         edits: dict[int, Edit] = dict.fromkeys(range(layer), _pass_through)
         return self._run(self.hf, tokens, edits | {layer: lambda run, flowing: resid.to(flowing)}).logits
 
+    def unembed(self, resid: Float[Tensor, "batch pos {self.d_model}"]) -> Float[Tensor, "batch pos {self.d_vocab}"]:
+        """Logits that the final norm and the unembedding make of the last block's output; differentiable in `resid`.
+
+        Nothing else reaches them, so any vector can be read so: at an earlier layer this is the logit lens.
+        """
+        tokens = torch.zeros(resid.shape[:2], dtype=torch.int64, device=self.device)
+        edits: dict[int, Edit] = dict.fromkeys(range(self.n_layers), _pass_through)
+        edits[self.n_layers - 1] = lambda run, flowing: resid.to(flowing)
+        return self._pass(self.hf, tokens, edits).logits
+
+    @torch.no_grad()
+    def logits_along(self, directions: Float[Tensor, "row {self.d_model}"]) -> Float[Tensor, "row {self.d_vocab}"]:
+        """Logits of a residual vector that lies wholly along each direction, less those of the zero vector; float32.
+
+        A direction has no length, and the final norm would remove it: each is read at root mean square 1. Through the
+        norm that leaves its gain (and centring, where it centres); its bias and the unembedding's cancel.
+        """
+        unit = nn.functional.normalize(directions.to(self.device).float(), dim=-1) * self.d_model**0.5
+        return (self.unembed(unit[:, None]).float() - self.unembed(torch.zeros_like(unit[:1, None])).float())[:, 0]
+
     @torch.no_grad()  # not inference_mode, whose tensors an SAE could not be trained on
     def _run(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit]) -> Any:
+        """`_pass`, without gradient."""
+        return self._pass(module, tokens, edits)
+
+    def save_random_twin(self, folder: str | Path, seed: int = 0) -> None:
+        """Write a model of the same architecture and tokenizer whose weights were never trained: a null for any finding.
+
+        It is a folder like any other: name it as the language model. Raises ResourceError if it cannot be written.
+        """
+        with torch.random.fork_rng(), torch.device("cpu"):
+            torch.manual_seed(seed)
+            twin = type(self.hf)(self.hf.config)
+        with files.staged_directory(Path(folder)) as staged:
+            twin.save_pretrained(staged)
+            self.tokenizer.hf.save_pretrained(staged)
+
+    def _pass(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit]) -> Any:
         """One pass of the whole model, or of what lies below its unembedding, with `edits` standing in for blocks.
 
         There is never an attention mask. Padding is on the right, where no earlier position sees it, so prompts take
@@ -185,6 +231,8 @@ class LanguageModel:
             self._check_equal(itself, clean, f"is changed by replacing layer {layer} by itself", exactly=True)
             resumed = self.run_from(resid[layer], layer, tokens)
             self._check_equal(resumed, clean, f"cannot be resumed from layer {layer}")
+        with torch.no_grad():
+            self._check_equal(self.unembed(resid[-1]), clean, "unembeds its last layer with the help of the tokens")
 
     def _check_equal(self, got: Tensor, want: Tensor, complaint: str, *, exactly: bool = False) -> None:
         if torch.equal(got, want):

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mlsae.intervals import check_shards
+
 
 def fvu(
     resid: Float[Tensor, "layer token d_model"], recon: Float[Tensor, "layer token d_model"]
@@ -89,13 +91,18 @@ class LayerQuality:
 
 
 class ReconstructionSums:
-    """Streaming sums behind `LayerQuality`."""
+    """Streaming sums behind `LayerQuality`, apart for each shard of documents."""
 
-    def __init__(self, n_layers: int, d_model: int):
-        self.moments = Moments(n_layers, d_model)
-        self.sums = torch.zeros(5, n_layers, dtype=torch.float64)
+    def __init__(self, n_layers: int, d_model: int, n_shards: int = 1):
+        self.shards = [Moments(n_layers, d_model) for _ in range(n_shards)]
+        self.sums = torch.zeros(n_shards, 5, n_layers, dtype=torch.float64)
         self.batch_sums = torch.zeros(2, n_layers, dtype=torch.float64)
         self.n_batches = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens seen."""
+        return sum(shard.n_tokens for shard in self.shards)
 
     def update(
         self,
@@ -103,22 +110,29 @@ class ReconstructionSums:
         recon: Float[Tensor, "layer token d_model"],
         values: Float[Tensor, "layer token k"],
         *,
+        shard: Int[Tensor, " token"] | None = None,
         n_masked: int = 0,
     ) -> None:
-        """Add one batch of tokens; `n_masked` more were left out, which the published definitions count as zeros."""
+        """Add one batch of tokens.
+
+        Args:
+            shard: the shard of each token's document; None: all of the first.
+            n_masked: how many more were left out, which the published definitions count as zeros.
+        """
         if resid.shape[1] == 0:
             return
-        self.moments.update(resid)
-        error = (resid - recon).double().square().sum((1, 2))
+        shard = check_shards(shard, resid.shape[1], len(self.shards))
+        for s in shard.unique().tolist():
+            self.shards[s].update(resid if len(self.shards) == 1 else resid[:, (shard == s).to(resid.device)])
         norms, recon_norms = resid.norm(dim=-1), recon.norm(dim=-1)
-        cosine = torch.nn.functional.cosine_similarity(resid, recon, dim=-1)
         per_token = (
-            cosine,
+            (resid - recon).double().square().sum(-1),
+            torch.nn.functional.cosine_similarity(resid, recon, dim=-1),
             recon_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny),
             (values > 0).sum(-1),
             values.sum(-1),
         )
-        self.sums += torch.stack([error, *(x.double().sum(1) for x in per_token)]).cpu()
+        self.sums.index_add_(0, shard, torch.stack([x.double() for x in per_token]).cpu().permute(2, 0, 1))
         zeros = resid.new_zeros(resid.shape[0], n_masked, resid.shape[2])
         published = torch.cat([resid, zeros], 1), torch.cat([recon, zeros], 1)
         batch = torch.stack([fvu_lawson2024(*published), (published[0] - published[1]).square().mean((1, 2))])
@@ -127,31 +141,41 @@ class ReconstructionSums:
 
     def merge(self, other: "ReconstructionSums") -> None:
         """Add the tokens of another pass."""
-        self.moments.merge(other.moments)
+        for mine, theirs in zip(self.shards, other.shards, strict=True):
+            mine.merge(theirs)
         self.sums += other.sums
         self.batch_sums += other.batch_sums
         self.n_batches += other.n_batches
 
-    def quality(self) -> LayerQuality:
-        """The totals, divided once."""
-        n_tokens, d_model = self.moments.n_tokens, self.moments.mean.shape[1]
-        error, cosine, norm_ratio, l0, l1 = self.sums
+    def moments(self, without: int | None = None) -> Moments:
+        """Those of all documents, or of all but one shard's."""
+        whole = Moments(*self.shards[0].mean.shape)
+        for s, shard in enumerate(self.shards):
+            if s != without:
+                whole.merge(shard)
+        return whole
+
+    def quality(self, without: int | None = None) -> LayerQuality:
+        """The totals, divided once; of all documents, or of all but one shard's."""
+        moments = self.moments(without)
+        sums = self.sums.sum(0) if without is None else self.sums.sum(0) - self.sums[without]
+        error, cosine, norm_ratio, l0, l1 = sums
         fvu_batches, mse_batches = self.batch_sums / self.n_batches
         return LayerQuality(
-            fvu=error / self.moments.deviation,
-            mse=error / (n_tokens * d_model),
-            cosine=cosine / n_tokens,
-            norm_ratio=norm_ratio / n_tokens,
-            l0=l0 / n_tokens,
-            l1=l1 / n_tokens,
+            fvu=error / moments.deviation,
+            mse=error / (moments.n_tokens * moments.mean.shape[1]),
+            cosine=cosine / moments.n_tokens,
+            norm_ratio=norm_ratio / moments.n_tokens,
+            l0=l0 / moments.n_tokens,
+            l1=l1 / moments.n_tokens,
             fvu_lawson2024=fvu_batches,
             mse_lawson2024=mse_batches,
         )
 
 
-def cross_entropy(log_probs: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, ""]:
-    """Summed cross-entropy of each next token of one sequence, in nats."""
-    return -log_probs[:-1].gather(1, tokens[1:, None]).double().sum()
+def cross_entropy(log_probs: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " _"]:
+    """Cross-entropy of each next token of one sequence, in nats: entry i is that of token i + 1."""
+    return -log_probs[:-1].gather(1, tokens[1:, None])[:, 0].double()
 
 
 def kl_divergence(

@@ -9,9 +9,35 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mlsae.errors import ModelError
+from mlsae.data import TextSource, TokenBlocks, pack
+from mlsae.errors import ConfigError, DataError, ModelError
 from mlsae.lm import LanguageModel
 from mlsae.sae import MLSAE
+
+MAX_CONTEXT = 2048
+"""Tokens of a sequence where neither the language model nor the user says less."""
+
+
+def text_blocks(
+    lm: LanguageModel,
+    data: TextSource | TokenBlocks,
+    *,
+    tokens: int,
+    context_length: int | None,
+    progress: bool,
+) -> TokenBlocks:
+    """The text as this model's token blocks: all of it, so that `tokens` are an even sample, but of a stream only these."""
+    if isinstance(data, TokenBlocks):
+        if (theirs := data.info.tokenizer_fingerprint) != (ours := lm.tokenizer.fingerprint):
+            raise DataError("data", f"was packed with tokenizer {theirs[:12]}; {lm.name} has {ours[:12]}; pack it anew")
+        return data
+    limit = lm.context_length or MAX_CONTEXT
+    length = min(MAX_CONTEXT, limit) if context_length is None else context_length
+    if length < 2:
+        raise ConfigError("context_length", f"{length}; at least 2 tokens are needed to predict one")
+    if length > limit:
+        raise ConfigError("context_length", f"{length} exceeds the model's {limit}; lower it")
+    return pack(data, lm.tokenizer, length, max_tokens=tokens if data.streaming else None, progress=progress)
 
 
 @dataclass(frozen=True)

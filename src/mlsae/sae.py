@@ -3,7 +3,8 @@
     pre_acts = (frame(resid) - b_pre) @ W_enc.T        keep the k largest, rectify        recon = unframe(code @ W_dec + b_pre)
 
 (Lawson et al. 2024, section 3; Gao et al. 2024.) Nothing tells the SAE which layer a vector comes from, except, in the `layer`
-frame, that layer's own mean and scale.
+frame, that layer's own mean and scale, and, behind a tuned lens, that layer's translator: then `resid` above is the lens's image,
+and the last step its inverse. `encode` and `decode` are in the residual stream, their `_lensed` kin and the loss behind the lens.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from mlsae import files, ops
 from mlsae.config import Impl, MLSAEConfig
 from mlsae.errors import ConfigError, ModelError
-from mlsae.frames import Frame
+from mlsae.frames import Frame, Lens
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -85,6 +86,7 @@ class MLSAE(nn.Module):
         self.b_pre = nn.Parameter(torch.zeros(shape[1:] if config.groups == 1 else (config.groups, config.d_model)))
         n_layers = len(config.layers or ())
         self.frame = Frame(config.frame, n_layers, config.d_model)
+        self.lens = None if config.lens is None else Lens(self.layers, config.d_model)
         self.norm_limit: Tensor
         """Tokens whose norm exceeds this at any layer are masked; infinite when off."""
         self.register_buffer("norm_limit", torch.full((n_layers,), torch.inf))
@@ -102,6 +104,21 @@ class MLSAE(nn.Module):
         self.frame = Frame(self.config.frame, n_layers, self.config.d_model).to(self.W_enc)
         self.norm_limit = self.W_enc.new_full((n_layers,), torch.inf)
 
+    def set_lens(self, lens: Lens) -> None:
+        """Put the maps of the SAE's layers before its frame; MLSAEConfig.lens has said that there will be some."""
+        if self.lens is None:
+            raise ConfigError("lens", "this SAE was made without one; give MLSAEConfig(lens=...) where it came from")
+        if lens.bias.shape[1] != self.config.d_model:
+            raise ModelError("lens", f"maps {lens.bias.shape[1]} entries; this SAE has d_model {self.config.d_model}")
+        if unknown := [layer for layer in self.layers if layer not in lens.layers]:
+            raise ModelError(
+                "lens", f"has no layer {unknown[0]}, but {_listed(lens.layers)}; train it on {self.config.lm}"
+            )
+        lens.check_invertible()
+        rows = [lens.layers.index(layer) for layer in self.layers]
+        self.lens.weight.copy_(lens.weight[rows])
+        self.lens.bias.copy_(lens.bias[rows])
+
     def encode(
         self, resid: Float[Tensor, "layer *batch d_model"], layers: Sequence[int] | None = None, *, impl: Impl = "auto"
     ) -> Code:
@@ -109,6 +126,12 @@ class MLSAE(nn.Module):
 
         The first axis holds `layers` (model layer ids; default: all the SAE's). Raises ConfigError if it does not.
         """
+        return self.encode_lensed(self.lensed(resid, layers), layers, impl=impl)
+
+    def encode_lensed(
+        self, resid: Float[Tensor, "layer *batch d_model"], layers: Sequence[int] | None = None, *, impl: Impl = "auto"
+    ) -> Code:
+        """`encode` of what `lensed` gave."""
         rows = self.rows(resid, layers)
         shift, scale = self.frame.shift_and_scale(resid, rows)
         codes = []
@@ -131,6 +154,11 @@ class MLSAE(nn.Module):
 
     def decode(self, code: Code, *, impl: Impl = "auto") -> Float[Tensor, "layer *batch d_model"]:
         """The residual vectors a code stands for, in the units of the residual stream."""
+        recon = self.decode_lensed(code, impl=impl)
+        return recon if self.lens is None else self.lens.invert(recon, [self.layers[row] for row in code.rows])
+
+    def decode_lensed(self, code: Code, *, impl: Impl = "auto") -> Float[Tensor, "layer *batch d_model"]:
+        """`lensed(decode(code))`, without the way there and back."""
         framed = ops.decode(code.values.flatten(0, -2), code.indices.flatten(0, -2), self.W_dec, impl)
         framed = framed.unflatten(0, code.values.shape[:-1])
         biases = [self.biases[part.group].expand(part.n_layers, -1) for part in self.parts(code.rows)]
@@ -140,7 +168,7 @@ class MLSAE(nn.Module):
     def error(
         self, resid: Float[Tensor, "layer *batch d_model"], code: Code, *, impl: Impl = "auto"
     ) -> tuple[Float[Tensor, "layer *batch d_model"], Float[Tensor, " layer"]]:
-        """`resid - decode(code)`, and its squared sum over each layer: what training minimises, in one pass."""
+        """`resid - decode_lensed(code)`, and its squared sum over each layer: what training minimises, in one pass."""
         parts = [
             ops.decode_error(
                 by_token(part.of(code.values)),
@@ -162,10 +190,18 @@ class MLSAE(nn.Module):
         code = self.encode(resid)
         return code, self.decode(code)
 
+    def lensed(
+        self, resid: Float[Tensor, "layer *batch d_model"], layers: Sequence[int] | None = None
+    ) -> Float[Tensor, "layer *batch d_model"]:
+        """Residual vectors as the lens shows them: themselves, where the SAE has none."""
+        self.rows(resid, layers)
+        return resid if self.lens is None else self.lens.apply_to(resid, layers)
+
     def within_norm(self, norms: Float[Tensor, "layer *batch"]) -> Bool[Tensor, "layer *batch"]:
         """Which vectors of the SAE's layers are no longer than their layer's limit; a token is masked when any of its is not.
 
-        NaN is within the limit: it must reach the loss, which stops the run, and not be masked away.
+        Norms are taken in the residual stream, before the lens. NaN is within the limit: it must reach the loss, which stops
+        the run, and not be masked away.
         """
         limit = self.norm_limit if len(self.norm_limit) else self.norm_limit.new_full((1,), torch.inf)
         return ~(norms > limit.view(-1, *[1] * (norms.ndim - 1)))

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +14,17 @@ from pydantic import Field
 
 from mlsae import devices, files
 from mlsae.checkpoint import Checkpoint, RunDirectory
-from mlsae.config import Config, TrainConfig, resolve, sae_config
-from mlsae.data import TextSource, TokenBlocks, pack
+from mlsae.config import Config, LMShape, TrainConfig, resolve, sae_config
+from mlsae.data import TokenBlocks
 from mlsae.errors import DataError, Interrupted, ModelError, NumericsError, ResourceError, out_of_memory
+from mlsae.lens import TunedLens
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.metrics import ReconstructionSums
-from mlsae.reading import Reading, check_pair, read, read_ahead
+from mlsae.reading import Reading, check_pair, read
 from mlsae.reporting import Reporter, open_logger
 from mlsae.sae import MLSAE
 from mlsae.stopping import StopFlag
+from mlsae.stream import Stream, pack_split
 from mlsae.trainer import StepReport, Trainer
 
 log = logging.getLogger(__name__)
@@ -71,16 +73,11 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, l
     started = time.monotonic()
     device = devices.choose_device(config.device)
     shape = lm.shape if lm is not None else read_shape(config.lm)
-    config = resolve(config, shape)
-    config = config.replaced(precision=devices.choose_precision(config.precision, device, config.rules.cuda_precision))
-    dtype = devices.lm_dtype(config.lm_dtype, device)
+    config = prepared(config, shape, device)
     devices.check_fits(config, shape.d_model, device)
     run = RunDirectory(Path(config.out), config.to_dict(), resume=resume)
     try:
-        if lm is None:
-            lm = LanguageModel.from_pretrained(
-                config.lm, device=device, dtype=dtype, separator_token=config.separator_token
-            )
+        lm = load_lm(config, device) if lm is None else lm
         loop = Loop(config, lm, run, resume=resume, progress=progress)
         with StopFlag() as loop.stop:
             loop.run()
@@ -89,8 +86,18 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, l
         run.close()
 
 
-READ_TOKENS = 1024
-"""Tokens of a forward pass below which several are made one: a language model reads a few short sequences slowly."""
+def prepared(config: TrainConfig, shape: LMShape, device: torch.device) -> TrainConfig:
+    """The config with everything filled in, once it is known to be possible here."""
+    config = resolve(config, shape)
+    config = config.replaced(precision=devices.choose_precision(config.precision, device, config.rules.cuda_precision))
+    devices.lm_dtype(config.lm_dtype, device)
+    return config
+
+
+def load_lm(config: TrainConfig, device: torch.device) -> LanguageModel:
+    """The language model that a config names."""
+    dtype = devices.lm_dtype(config.lm_dtype, device)
+    return LanguageModel.from_pretrained(config.lm, device=device, dtype=dtype, separator_token=config.separator_token)
 
 
 class Progress(Config):
@@ -107,9 +114,21 @@ class Progress(Config):
 
 
 class Loop:
-    """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop."""
+    """One process's part of a run, from its first step or the newest checkpoint to the last step or a stop.
 
-    def __init__(self, config: TrainConfig, lm: LanguageModel, run: RunDirectory, *, resume: bool, progress: bool):
+    Runs that are given one `stream` share what they read.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        lm: LanguageModel,
+        run: RunDirectory,
+        *,
+        resume: bool,
+        progress: bool,
+        stream: Stream | None = None,
+    ):
         self.config, self.lm, self.run_directory, self.progress = config, lm, run, progress
         self.stop = StopFlag()
         """Whether a signal asked for a stop; it listens while `run` runs."""
@@ -118,9 +137,8 @@ class Loop:
         self.context = config.context_length or 1
         self.step_tokens = self.batch * self.accumulation * self.context
         self.n_steps = config.tokens // self.step_tokens
-        self.blocks = pack_split(config, lm, config.split, progress=progress)
-        if (largest := self.blocks.info.max_token_id) >= lm.d_vocab:
-            raise DataError("data", f"holds token {largest}; {lm.name} has {lm.d_vocab} tokens; use its own tokenizer")
+        self.stream = Stream(config, lm, progress=progress) if stream is None else stream
+        self.blocks = self.stream.blocks
         if not config.repeat:
             self.n_steps = min(self.n_steps, len(self.blocks) // (self.batch * self.accumulation))
         if self.n_steps == 0:
@@ -130,12 +148,11 @@ class Loop:
         torch.manual_seed(config.seed)
         sae = MLSAE(_sae_config(config, lm)).to(lm.device)
         check_pair(lm, sae)
+        if config.lens is not None and not resume:  # a checkpoint holds the lens
+            sae.set_lens(TunedLens.load(config.lens, lm))
         self.trainer = Trainer(sae, config, n_steps=self.n_steps, step_tokens=self.step_tokens)
         self.position = 0
         """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
-        self.together = max(1, READ_TOKENS // (self.batch * self.context))
-        self._ready: dict[int, Reading] = {}
-        """The micro-batches last read, by their position."""
         self.median_norm = torch.full((len(sae.layers),), torch.inf)
         """Of each layer's vectors in the micro-batch last learned from."""
         self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
@@ -151,15 +168,20 @@ class Loop:
             self._load(run.load(like=self._checkpoint(metrics_bytes=0)))
         else:
             self._say_passes()
-            self.trainer.initialise(self._sample())
+            self._initialise()
 
     def run(self) -> None:
-        """Every remaining step; the loop itself."""
+        """Every remaining step."""
+        for _ in self.going():
+            pass
+
+    def going(self) -> Generator[None]:
+        """Every remaining step, the loop itself; it pauses after each micro-batch, for others to learn from that too."""
         with files.JsonLines(self.run_directory.path / "metrics.jsonl") as self.metrics, self._reporter() as reporter:
             self.metrics.truncate(self.metrics_bytes)
             self._validate(reporter)
             for step in range(self.trainer.steps + 1, self.n_steps + 1):
-                reporter.report(self._step(), self.step_tokens, self._extra())
+                reporter.report((yield from self._step()), self.step_tokens, self._extra())
                 if step % (self.config.save_every_steps or 1) == 0 or step == self.n_steps or self.stop.asked:
                     self._save()
                 if self.stop.asked and step < self.n_steps:
@@ -167,7 +189,7 @@ class Loop:
                 self._validate(reporter)
             self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
 
-    def _step(self) -> StepReport:
+    def _step(self) -> Generator[None, None, StepReport]:
         """Read a step's text and learn from it; one that fails is undone, the state before it saved, the run ended."""
         before = self.position, self.over_norm.clone(), self.largest_norm
         try:
@@ -175,10 +197,11 @@ class Loop:
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
                 self.over_norm += reading.over_norm.cpu()
                 self._look_at(reading.norms.cpu(), reading.visible.cpu())
+                yield
             return self.trainer.update()
         except (NumericsError, MemoryError, RuntimeError) as error:
             if isinstance(error, NumericsError):
-                documents = self._documents(before[0])
+                documents = self.stream.documents(before[0], self.position)
                 ending = NumericsError(error.field, f"{error.problem} (documents {documents} of the data)")
             elif out_of_memory(error):
                 ending = ResourceError("memory", f"not enough at step {self.trainer.steps + 1}{self._too_large()}")
@@ -186,7 +209,7 @@ class Loop:
                 raise
             self.trainer.abandon()
             self.position, self.over_norm, self.largest_norm = before
-            self._ready = {}
+            self.stream.forget()
             if self.trainer.steps:
                 with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
                     self._save()
@@ -208,14 +231,6 @@ class Loop:
             f"context_length ({self.context}) or expansion_factor"
         )
 
-    def _documents(self, since: int) -> str:
-        """Which documents were read since a position, counted from 0: a few of them, in words."""
-        blocks = self.blocks.block_ids(
-            since, self.position - since, seed=self.config.seed, order=self.config.rules.order
-        )
-        found = self.blocks.document_ids(blocks).unique().tolist()
-        return ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-
     def summary(self, seconds: float) -> Run:
         """The finished run in numbers."""
         tokens = self.trainer.steps * self.step_tokens
@@ -233,35 +248,28 @@ class Loop:
         )
 
     def _readings(self) -> Iterator[Reading]:
-        """The step's micro-batches. Short ones are read several at a time, in groups that do not depend on where a run began."""
-        if self.together == 1:
-            batches = (self._read(position, self.batch) for position in self._positions())
-            yield from read_ahead(self.lm, self.trainer.sae, batches)
-            return
-        for position in self._positions():
-            if position not in self._ready:
-                first = position - position % (self.batch * self.together)
-                group = read(self.lm, self.trainer.sae, self._read(first, self.batch * self.together))
-                self._ready = {first + i * self.batch: part for i, part in enumerate(group.split(self.batch))}
-            yield self._ready[position]
+        """The step's micro-batches."""
+        return self.stream.readings(self.trainer.sae, self._positions())
 
     def _positions(self) -> Iterator[int]:
         """Where each of the step's micro-batches begins; moves on as they are taken."""
         for _ in range(self.accumulation):
             first, last = self.position - 1, self.position + self.batch - 1
             if (passed := self.blocks.pass_of(last)) > self.blocks.pass_of(max(first, 0)):
-                log.warning("the text was read %d times and starts over", passed)
+                self.stream.warn(f"the text was read {passed} times and starts over")
             yield self.position
             self.position += self.batch
 
-    def _read(self, position: int, n: int) -> torch.Tensor:
-        return self.blocks.read(position, n, seed=self.config.seed, order=self.config.rules.order)
-
     def _sample(self) -> Iterator[torch.Tensor]:
-        """The first batches of the stream, for what is fixed before training."""
-        for position in range(0, len(self.blocks), self.batch):
-            sae, n = self.trainer.sae, min(self.batch, len(self.blocks) - position)  # each block once
-            yield read(self.lm, sae, self._read(position, n)).to_train(sae)
+        return self.stream.sample(self.trainer.sae)
+
+    def _initialise(self) -> None:
+        """Fix what the first batches fix; of runs that share them and begin alike, only the first reads them."""
+        if (fit := self.stream.fit_of(self.trainer.sae)) is None:
+            self.stream.keep_fit(self.trainer.sae, self.trainer.initialise(self._sample()))
+        else:
+            tensors, self.trainer.variance = fit
+            self.trainer.sae.load_state_dict(tensors, strict=False)
 
     def _validation_blocks(self) -> TokenBlocks | None:
         if self.config.validate_every_steps is None:
@@ -332,12 +340,13 @@ class Loop:
     def _say_passes(self) -> None:
         info = self.blocks.info
         if info.n_skipped_rows or info.n_empty_documents:
-            log.warning("the text: %s", self.blocks.summary())
+            self.stream.warn(f"the text: {self.blocks.summary()}")
         if (used := self.n_steps * self.step_tokens) + self.step_tokens <= self.config.tokens:
-            log.warning("the text ends after %d of %d tokens: training takes no more", used, self.config.tokens)
+            self.stream.warn(f"the text ends after {used} of {self.config.tokens} tokens: training takes no more")
         passes = self.n_steps * self.batch * self.accumulation / len(self.blocks)
         if passes > 1:
-            log.warning("the text holds %d tokens: training will take %.1f passes", self.blocks.n_tokens, passes)
+            n_tokens = self.blocks.n_tokens
+            self.stream.warn(f"the text holds {n_tokens} tokens: training will take {passes:.1f} passes")
 
     def _reporter(self) -> Reporter:
         warmup = int((self.config.warmup_fraction or 0.0) * self.n_steps)
@@ -362,26 +371,12 @@ def validate(loop: Loop, blocks: TokenBlocks) -> float:
         if loop.stop.asked:
             raise loop.stopped()
         vectors = read(loop.lm, sae, tokens).to_train(sae)
-        code, recon = sae(vectors)
-        sums.update(vectors, recon, code.values)
+        vectors = sae.lensed(vectors)  # as in training
+        code = sae.encode_lensed(vectors)
+        sums.update(vectors, sae.decode_lensed(code), code.values)
         if trainer.rules.validation_counts:
             trainer.tick(code, vectors.shape[1])
     return float(sums.quality().fvu.mean())
-
-
-def pack_split(config: TrainConfig, lm: LanguageModel, split: str, *, progress: bool) -> TokenBlocks:
-    """The token blocks of one part of the training data; of a stream, no more than the run needs."""
-    source = TextSource(config.data, split, config.text_column, config.skip_bad_rows, config.streaming)
-    context = config.context_length or 1
-    needed = config.tokens if split == config.split else config.validation_sequences * context
-    return pack(
-        source,
-        lm.tokenizer,
-        context,
-        max_tokens=needed if config.streaming else None,
-        packing=config.rules.packing,
-        progress=progress,
-    )
 
 
 def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
@@ -391,6 +386,7 @@ def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
         lm=_whole_path(lm.name),
         lm_revision=lm.revision,
         data=_whole_path(config.data),
+        lens=config.lens and _whole_path(config.lens),
         tokenizer_fingerprint=lm.tokenizer.fingerprint,
     )
 

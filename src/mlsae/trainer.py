@@ -35,7 +35,10 @@ class StepReport:
     aux_loss: float
     """AuxK loss before its weight."""
     fvu: float
-    """Mean over layers of `sum |resid - recon|^2 / (N d v_l)`, v_l being the layer's variance in the initial sample."""
+    """Mean over layers of `sum |resid - recon|^2 / (N d v_l)`, v_l being the layer's variance in the initial sample.
+
+    Of an SAE with a lens, behind the lens.
+    """
     layer_fvu: list[float]
     """The same for each layer."""
     dead_fraction: float
@@ -119,8 +122,9 @@ class Trainer:
             if self.rules.normalize == "each_micro_batch":
                 self._decoder_before = self.sae.W_dec.detach().clone()
         impl = self.config.impl
+        resid = self.sae.lensed(resid)  # what follows, the loss too, is behind the lens
         with self._autocast():
-            code = self.sae.encode(resid, impl=impl)
+            code = self.sae.encode_lensed(resid, impl=impl)
             self.tick(code, resid.shape[1])
             error, squared = self.sae.error(resid, code, impl=impl)
             aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, impl)

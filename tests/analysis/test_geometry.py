@@ -1,4 +1,4 @@
-"""Similarity of directions against direct numpy computations."""
+"""The geometry of the residual stream against direct numpy computations."""
 
 import json
 import math
@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlsae.analysis import geometry
-from mlsae.analysis.geometry import AdjacentSimilarity, ResidMeans, max_cosine, mmcs
-from mlsae.errors import ModelError
+from mlsae.analysis.geometry import AdjacentSimilarity, ResidMeans
+from mlsae.errors import DataError, ModelError
 
 torch.set_num_threads(1)
 
@@ -106,7 +105,7 @@ def test_dictionaries_are_json_and_small_cases_are_nan():
     assert json.loads(json.dumps(means.to_dict()))["n_tokens"] == 1
     assert all(math.isnan(std) for std in similarity.to_dict()["raw"]["std"])
     _, lone = two_passes([random_resid(4, n_layers=1)])
-    assert lone.to_dict()["centred"] == {"mean": [], "std": [], "sem": []}
+    assert lone.to_dict()["centred"] == {"mean": [], "std": [], "sem": [], "ci95": []}
     assert math.isnan(ResidMeans(2, 3).to_dict()["norm"]["mean"][0])
 
 
@@ -122,28 +121,86 @@ def test_sizes_and_means_must_agree():
         similarity.merge(two_passes([random_resid(6)])[1])
 
 
-def test_mmcs_worked_by_hand():
-    e1, e2 = torch.eye(2)
-    assert mmcs(torch.stack([e1, e1, e2, e2])) == 1
-    assert mmcs(torch.stack([e1, 3 * e2])) == 0
-    assert mmcs(torch.stack([e1, -e1])) == -1  # no floor at 0
-    assert mmcs(torch.stack([e1, e1, e2])) == pytest.approx(2 / 3)
-    assert math.isnan(mmcs(e1[None]))
+# ---- gamma -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elements", [1, 37, 150, 10**6])
-def test_mmcs_is_all_pairs_whatever_the_block(monkeypatch, elements):
-    monkeypatch.setattr(geometry, "MAX_BLOCK_ELEMENTS", elements)
-    W_dec = torch.randn(37, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    unit = W_dec / W_dec.norm(dim=1, keepdim=True)
-    want = (unit @ unit.T).fill_diagonal_(-2).amax(1)
-    torch.testing.assert_close(max_cosine(W_dec), want)
-    assert mmcs(W_dec) == pytest.approx(want.mean().item(), rel=1e-12)
-    order = torch.randperm(37, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(max_cosine(W_dec[order]), want[order])
+def test_gamma_worked_by_hand():
+    """Vectors (3, 4 +- 1): the mean is 5 long, the spread is 1."""
+    means = ResidMeans(1, 2)
+    means.update(torch.tensor([[[3.0, 5.0], [3.0, 3.0]]]))
+    assert means.gamma.tolist() == pytest.approx([5])
+    assert means.to_dict()["gamma"] == pytest.approx([5])
 
 
-def test_decoders_in_half_precision_are_compared_in_float32():
-    W_dec = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert max_cosine(W_dec).dtype == torch.float32
-    assert mmcs(W_dec) == pytest.approx(mmcs(W_dec.float()))
+def test_gamma_is_that_of_numpy_and_ignores_scale():
+    resid = random_resid(8)
+    x = resid.double().numpy()
+    mu = x.mean(1, keepdims=True)
+    want = np.linalg.norm(mu[:, 0], axis=1) / np.sqrt(np.square(x - mu).sum(-1).mean(1))
+    for given in (resid, 1000 * resid):
+        means, _ = two_passes(list(given.split(7, dim=1)))
+        np.testing.assert_allclose(means.gamma, want, rtol=1e-6)
+
+
+def test_gamma_of_centred_vectors_is_0_and_of_equal_ones_infinite():
+    resid = random_resid(9).double()
+    centred, _ = two_passes([resid - resid.mean(1, keepdim=True)])
+    assert centred.gamma.max() < 1e-12
+    equal, _ = two_passes([torch.ones(2, 3, 4)])
+    assert equal.gamma.tolist() == [math.inf, math.inf]
+    assert ResidMeans(2, 3).gamma.isnan().all()
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def in_documents(n_shards: int, *, seed: int = 0, n_tokens: int = 60) -> tuple[Tensor, Tensor, AdjacentSimilarity]:
+    """Tokens of documents that each turn their own way, all in one update."""
+    shard = torch.arange(n_tokens) % 12 % n_shards
+    own = torch.randn(4, 12, 8, generator=torch.Generator().manual_seed(seed + 100))
+    resid = random_resid(seed, n_tokens=n_tokens) + 2 * own[:, torch.arange(n_tokens) % 12]
+    means = ResidMeans(4, 8)
+    means.update(resid)
+    similarity = AdjacentSimilarity(means, n_shards)
+    similarity.update(resid, shard)
+    return resid, shard, similarity
+
+
+def test_the_interval_is_the_jackknife_over_shards_left_out():
+    resid, shard, similarity = in_documents(6)
+    x = resid.double().numpy()
+    cosines = direct_cosines(x - x.mean(1, keepdims=True))
+    whole = cosines.mean(1)
+    without = np.stack([cosines[:, shard.numpy() != s].mean(1) for s in range(6)])
+    se = np.sqrt(5 / 6 * np.square(without - without.mean(0)).sum(0))
+    centre = 6 * whole - 5 * without.mean(0)
+    got = similarity.interval("centred")
+    np.testing.assert_allclose(got.value, whole, rtol=1e-9)
+    np.testing.assert_allclose(got.value, similarity.centred.mean, rtol=1e-9)
+    np.testing.assert_allclose(got.low, centre - 2.570581836 * se, rtol=1e-6)  # t, 5 degrees of freedom
+    np.testing.assert_allclose(got.high, centre + 2.570581836 * se, rtol=1e-6)
+    assert similarity.to_dict()["centred"]["ci95"][0] == [got.low[0].item(), got.high[0].item()]
+    np.testing.assert_allclose(similarity.interval("raw").value, direct_cosines(x).mean(1), rtol=1e-9)
+
+
+def test_shards_do_not_depend_on_how_tokens_arrive():
+    resid, shard, whole = in_documents(5)
+    parts = []
+    for at in (slice(0, 13), slice(13, 60)):
+        parts.append(AdjacentSimilarity(whole.means, 5))
+        parts[-1].update(resid[:, at], shard[at])
+    merged = parts[0].merge(parts[1])
+    for name in ("centred", "raw"):
+        for bound in ("value", "low", "high"):
+            got, want = getattr(merged.interval(name), bound), getattr(whole.interval(name), bound)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def test_without_documents_there_is_no_interval():
+    _, similarity = two_passes([random_resid(4)])
+    assert similarity.interval("raw").low.isnan().all()
+    torch.testing.assert_close(similarity.interval("raw").value, similarity.raw.mean)
+    with pytest.raises(DataError, match="0 to 5 given; these sums hold 0 to 2"):
+        AdjacentSimilarity(similarity.means, 3).update(random_resid(4), torch.arange(50) % 6)
+    with pytest.raises(ModelError, match="3 shards of documents, these sums 1"):
+        similarity.merge(AdjacentSimilarity(similarity.means, 3))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlsae.analysis.layers import WEIGHTS, Decomposition, LayerStatistics
+from mlsae.analysis.depth import Decomposition
+from mlsae.analysis.layers import WEIGHTS, LayerStatistics
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError
+from mlsae.intervals import jackknife
 
 torch.set_num_threads(1)
 
@@ -47,8 +49,8 @@ def random_dense(seed: int, n_layers: int = 5, n_tokens: int = 40, n_latents: in
 
 
 def assert_same(got: LayerStatistics, want: LayerStatistics, rtol: float = 1e-12) -> None:
-    for name, total in got.sums().items():
-        torch.testing.assert_close(total, want.sums()[name], rtol=rtol, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    for name, total in got.by_shard.items():
+        torch.testing.assert_close(total, want.by_shard[name], rtol=rtol, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def terms(result: Decomposition) -> tuple[float, ...]:
@@ -295,9 +297,13 @@ def test_event_shapes_by_hand():
     got = statistics(dense)
     assert got.active_layers.tolist() == [2, 0, 1, 1, 0, 0]
     assert got.longest_run.tolist() == [2, 1, 1, 0, 0, 0]
+    assert got.runs.tolist() == [4, 1, 1, 0, 0, 0]
     assert got.first_layer.tolist() == [1, 1, 0, 0, 1, 1]
     assert got.last_layer.tolist() == [0, 0, 0, 1, 1, 2]
     assert got.n_events.tolist() == [2, 2]
+    assert got.effective_layers.tolist() == pytest.approx([3 + 4, 1 + 1])
+    assert got.persisted[:, 0].tolist() == [1, 0, 0, 1, 1, 0]
+    torch.testing.assert_close(got.persistence()[:, 0], torch.tensor([1, 0, NAN, 0.5, 1]).double(), equal_nan=True)
     assert got.n_tokens == 3
 
 
@@ -350,8 +356,8 @@ def test_batch_split_and_shard_merge_are_one_update(cuts):
         merged = merged.merge(statistics(part, sequence))
     assert_same(split, merged)
     whole = statistics(dense)
-    for name in ("lawson2024", "sequences"):  # a sequence cut in two is two sequences
-        split.sums()[name].copy_(whole.sums()[name])
+    for name in ("published", "sequences"):  # a sequence cut in two is two sequences
+        split.by_shard[name].copy_(whole.by_shard[name])
     assert_same(split, whole)
 
 
@@ -359,9 +365,9 @@ def test_permuting_latents_permutes_every_sum_by_latent():
     dense = random_dense(6)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     got, want = statistics(dense[..., order]), statistics(dense)
-    for name, total in want.sums().items():
+    for name, total in want.by_shard.items():
         expected = total[..., order] if total.shape[-1:] == (9,) else total
-        torch.testing.assert_close(got.sums()[name], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got.by_shard[name], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_same_codes_give_the_same_bits():
@@ -387,20 +393,20 @@ def test_selected_but_inactive_latents_are_never_counted():
     assert got.counts.sum() == (dense > 0).sum()
     nothing = statistics(torch.zeros(5, 4, 9))
     assert nothing.n_tokens == 4
-    assert not any(total.any() for name, total in nothing.sums().items() if name != "tokens")
+    assert not any(total.any() for name, total in nothing.by_shard.items() if name != "tokens")
 
 
 def test_no_tokens_change_nothing():
     result = statistics(random_dense(10))
-    before = {name: total.clone() for name, total in result.sums().items()}
+    before = {name: total.clone() for name, total in result.by_shard.items()}
     result.update(Code(torch.zeros(5, 0, 4), torch.zeros(5, 0, 4, dtype=torch.int64)))
-    assert all(torch.equal(total, before[name]) for name, total in result.sums().items())
+    assert all(torch.equal(total, before[name]) for name, total in result.by_shard.items())
 
 
 def test_counts_are_exact_where_float32_stops_counting():
     once, many = statistics(torch.ones(2, 1, 1)), LayerStatistics(2, 1)
-    many.counts += 2**24
-    many.n_events += 2**53
+    many.by_shard["counts"] += 2**24
+    many.by_shard["n_events"] += 2**53
     merged = once.merge(many).merge(once)
     assert merged.counts.tolist() == [[2**24 + 2]] * 2
     assert merged.n_events.tolist() == [2**53 + 2]
@@ -411,6 +417,109 @@ def test_half_precision_codes_are_summed_in_float64():
     assert statistics(dense).totals.tolist() == [[5000.0], [5000.0]]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_kept_of_events_equals_brute_force(seed):
+    """Runs, persistence and effective layers, event by event on the dense array."""
+    dense = random_dense(seed)
+    got, on = statistics(dense), (dense > 0).numpy()
+    runs, longest, effective = np.zeros(6, int), np.zeros(6, int), np.zeros(9)
+    for token in range(40):
+        for latent in np.flatnonzero(on[:, token].any(0)):
+            lengths = [len(run) for run in "".join("01"[int(x)] for x in on[:, token, latent]).split("0") if run]
+            runs += np.bincount(lengths, minlength=6)
+            longest[max(lengths)] += 1
+            effective[latent] += math.exp(
+                torch.special.entr(dense[:, token, latent] / dense[:, token, latent].sum()).sum()
+            )
+    assert (got.runs.tolist(), got.longest_run.tolist()) == (runs[1:].tolist(), longest[1:].tolist())
+    assert got.effective_layers.numpy() == pytest.approx(effective)
+    assert got.persisted[:-1].tolist() == (on[:-1] & on[1:]).sum(1).tolist()
+
+
+# ---- shards of documents -------------------------------------------------------------------------------------------
+
+
+def sharded(dense: Tensor, shard: Tensor, n_shards: int = 7) -> LayerStatistics:
+    result = LayerStatistics(dense.shape[0], dense.shape[2], n_shards)
+    result.update(sparse(dense), shard=shard)
+    return result
+
+
+def test_shards_add_up_to_the_whole():
+    dense, shard = random_dense(20), torch.randint(7, (40,), generator=torch.Generator().manual_seed(0))
+    got, want = sharded(dense, shard), statistics(dense)
+    assert_same(got.whole(), want)
+    for weight in WEIGHTS:
+        assert terms(got.decomposition(weight)) == pytest.approx(terms(want.decomposition(weight)), **EXACT)
+    for n in range(7):
+        own = statistics(dense[:, shard == n], torch.zeros(int((shard == n).sum()), dtype=torch.int64))
+        for name in ("totals", "counts", "within", "n_events", "runs", "tokens"):
+            torch.testing.assert_close(got.by_shard[name][n], own.by_shard[name][0], rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_shard_is_the_statistics_of_the_other_documents():
+    """Exactly nothing is left where the shard held all there was, so that no quotient of roundings is taken for a latent."""
+    dense, shard = random_dense(21), torch.arange(40) % 7
+    dense[:, shard != 3, 4] = 0
+    rest = statistics(dense[:, shard != 3])
+    left = sharded(dense, shard).without(3)
+    for name in ("totals", "counts", "within", "n_events", "effective_layers", "runs", "tokens"):
+        torch.testing.assert_close(left.by_shard[name], rest.by_shard[name], rtol=1e-12, atol=1e-12)
+    assert (left.totals[:, 4] == 0).all()
+    assert not left.distribution().used[4]
+
+
+def test_intervals_come_from_documents_left_out():
+    dense, shard = random_dense(22), torch.arange(40) % 7
+
+    def numbers(found: LayerStatistics) -> dict[str, Tensor]:
+        return {"mean": found.totals.sum(1) / found.n_tokens}
+
+    found = sharded(dense, shard).estimates(numbers)["mean"]
+    without = torch.stack([dense[:, shard != n].sum((1, 2)) / (shard != n).sum() for n in range(7)])
+    want = jackknife(dense.sum((1, 2)) / 40, without)
+    torch.testing.assert_close(torch.stack([found.low, found.high]), torch.stack([want.low, want.high]))
+    assert ((found.low < found.value) & (found.value < found.high)).all()
+
+
+# ---- planted lives -------------------------------------------------------------------------------------------------
+
+
+def test_births_and_deaths_are_those_planted():
+    """Among noise, well below 1 % of what a latent does at home, the first and last layer of at least 95 % are found exactly."""
+    generator = torch.Generator().manual_seed(0)
+    n_layers, n_tokens, n_latents = 12, 4000, 100
+    birth = torch.randint(n_layers, (n_latents,), generator=generator)
+    death = torch.minimum(birth + torch.randint(5, (n_latents,), generator=generator), torch.tensor(n_layers - 1))
+    layer = torch.arange(n_layers)[:, None, None]
+    alive = (layer >= birth) & (layer <= death)
+    fires = torch.rand(1, n_tokens, n_latents, generator=generator) < 0.1
+    holds = torch.rand(n_layers, n_tokens, n_latents, generator=generator) < 0.8
+    noise = torch.rand(n_layers, n_tokens, n_latents, generator=generator) < 0.0001
+    found = statistics(((alive & fires & holds) | noise).float()).distribution()
+    assert (found.birth == birth).float().mean() >= 0.95
+    assert (found.death == death).float().mean() >= 0.95
+    assert (found.n_active_layers == death - birth + 1).float().mean() >= 0.95
+
+
+def test_a_latent_with_two_homes():
+    """At layer 1 on half of its tokens and at layer 4 on the others: bimodal, and all of its variance is over tokens."""
+    dense = torch.zeros(6, 100, 1)
+    dense[1, :50], dense[4, 50:] = 1, 1
+    got, found = statistics(dense).decomposition(), statistics(dense).distribution()
+    assert terms(got) == (0, 2.25, 0, 2.25)
+    assert [found.bimodality.item(), found.centre_of_mass.item(), found.std.item()] == pytest.approx([1, 2.5, 1.5])
+    assert [found.birth.item(), found.death.item(), found.n_active_layers.item()] == [1, 4, 2]
+    assert statistics(dense).longest_run.tolist() == [100, 0, 0, 0, 0, 0]
+
+
+def test_an_unused_latent_has_neither_birth_nor_death():
+    dense = torch.zeros(3, 5, 2)
+    dense[1, :, 1] = 1
+    found = statistics(dense).distribution()
+    assert (found.birth.tolist(), found.death.tolist()) == ([-1, 1], [-1, 1])
+
+
 # ---- saving and refusing -------------------------------------------------------------------------------------------
 
 
@@ -418,7 +527,7 @@ def test_load_is_what_was_saved(tmp_path: Path):
     result = statistics(random_dense(11), torch.arange(40) // 7)
     result.save(tmp_path / "layers.safetensors")
     loaded = LayerStatistics.load(tmp_path / "layers.safetensors")
-    assert all(torch.equal(total, loaded.sums()[name]) for name, total in result.sums().items())
+    assert all(torch.equal(total, loaded.by_shard[name]) for name, total in result.by_shard.items())
     loaded.update(sparse(random_dense(12)))
     result.update(sparse(random_dense(12)))
     assert_same(loaded, result, rtol=0)
@@ -427,12 +536,13 @@ def test_load_is_what_was_saved(tmp_path: Path):
 def test_a_file_of_something_else_is_refused(tmp_path: Path):
     from mlsae.files import save_tensors
 
-    path, sums = tmp_path / "x.safetensors", LayerStatistics(2, 3).sums()
+    path, sums = tmp_path / "x.safetensors", LayerStatistics(2, 3).by_shard
     for wrong in (
         {"W_dec": torch.zeros(3, 2)},
         {**sums, "counts": sums["counts"].float()},
         {**sums, "counts": torch.zeros(10**12, 0, dtype=torch.int64)},
-        {**sums, "n_events": torch.zeros(4, dtype=torch.int64)},
+        {**sums, "n_events": torch.zeros(1, 4, dtype=torch.int64)},
+        {**sums, "counts": sums["counts"][0]},
         {name: total for name, total in sums.items() if name != "within"},
     ):
         save_tensors(path, wrong)
@@ -453,8 +563,12 @@ def test_mistakes_are_refused_before_anything_is_counted():
         result.update(Code(code.values.log(), code.indices))
     with pytest.raises(DataError, match="of 3 tokens; the code holds 40"):
         result.update(code, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(DataError, match="of 3 tokens; there are 40"):
+        result.update(code, shard=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(DataError, match="0 to 1 given; these sums hold 0 to 0"):
+        result.update(code, shard=torch.arange(40) % 2)
     assert_same(result, LayerStatistics(5, 9), rtol=0)
     with pytest.raises(ConfigError, match="did you mean 'mass'"):
         result.decomposition("mas")
-    with pytest.raises(ModelError, match=r"\(5, 10\), this one \(5, 9\)"):
+    with pytest.raises(ModelError, match=r"\(5, 10, 1\), this one \(5, 9, 1\)"):
         result.merge(LayerStatistics(5, 10))

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_figures import make_analysis, make_evaluation, make_metrics
+from test_figures import make_analysis, make_evaluation, make_metrics, words_of
 
-from mlsae.analysis import drawing, figures, report
+from mlsae.analysis import drawing, figures, picture, report, wording
 from mlsae.analysis.figures import pictures
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.evaluate import Evaluation
@@ -70,14 +70,14 @@ class Tags(HTMLParser):
 
 
 def test_report_holds_every_figure_and_nothing_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(figures, "rendered", lambda figure, kind: kind.encode())  # the files beside it
+    monkeypatch.setattr(picture, "rendered", lambda figure, kind: kind.encode())  # the files beside it
     monkeypatch.setitem(drawing.STYLE, "savefig.dpi", 40)  # fast
     html = write(tmp_path)
     tags = Tags(html)
     assert tags.open == []
     images = [attributes["src"] for tag, attributes in tags.found if tag == "img"]
     drawn = pictures(make_analysis(), make_evaluation(), make_metrics())
-    assert len(images) == len(drawn) == 9
+    assert len(images) == len(drawn) == 13
     assert re.findall(r'figure id="(\w+)"', html) == [picture.name for picture in drawn]
     assert all(re.match(r"data:image/(png|svg\+xml);base64,", image or "") for image in images)
     assert base64.b64decode((images[0] or "").split(",")[1]).startswith(b"<?xml")
@@ -88,7 +88,7 @@ def test_report_holds_every_figure_and_nothing_from_elsewhere(tmp_path: Path, mo
     assert targets <= {attributes["id"] for _, attributes in tags.found if "id" in attributes}
     assert len(html) < 4e6
     assert "prefers-color-scheme: dark" in html
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 9
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 13
 
 
 @pytest.mark.usefixtures("quick")
@@ -96,14 +96,14 @@ def test_sentences_come_from_the_numbers(tmp_path: Path):
     analysis, evaluation = make_analysis(), make_evaluation()
     text = words(write(tmp_path))
     summary = analysis.summary()
-    single = summary["events"]["active_layers"][0] / summary["n_events"]
+    single = summary["events"]["at_one_layer"]
     effective = summary["distribution"]["effective_layers"]["mean"]
-    assert f"{report.percent(single)} of events" in text
-    assert f"spreads over {report.number(effective)} effective layers" in text
+    assert f"{wording.percent(single)} of events" in text
+    assert f"spreads over {wording.number(effective)} effective layers" in text
     assert "39 of 40 latents were active in 60 tokens" in text
     assert "cross-entropy of 3.50 nats" in text
     assert "all layers replaced in one pass change it by +0.750" in text
-    assert f"least at layer 0 ({report.number(evaluation['layers'][0]['fvu'])})" in text
+    assert f"least at layer 0 ({wording.number(evaluation['layers'][0]['fvu'])})" in text
     assert "published definition (lawson2024)" in text
     assert "1 h 2 min" in text
     assert "12,345" in text
@@ -114,7 +114,7 @@ def test_sentences_come_from_the_numbers(tmp_path: Path):
 
 @pytest.mark.usefixtures("quick")
 def test_hostile_text_is_escaped(tmp_path: Path):
-    analysis = make_analysis(tokens=("<s>", HOSTILE, "</p>&$"))
+    analysis = replace(make_analysis(tokens=("<s>", HOSTILE, "</p>&$")), words=words_of(40, HOSTILE))
     run = {**RUN, "lm": HOSTILE, "data": HOSTILE, HOSTILE: HOSTILE}
     html = write(tmp_path, title=HOSTILE, notes=[HOSTILE], analysis=analysis, run=run)
     assert "<script" not in html
@@ -137,7 +137,9 @@ def test_hostile_text_is_escaped(tmp_path: Path):
         {"analysis": replace(make_analysis(), statistics=LayerStatistics(5, 40))},
     ],
 )
-def test_missing_pieces_are_left_out(tmp_path: Path, changes: dict[str, Any]):
+def test_missing_pieces_are_left_out(tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    if "analysis" not in changes:  # its pictures take most of the time
+        monkeypatch.setattr(figures, "FIGURES", ())
     html = write(tmp_path, **changes)
     assert Tags(html).open == []
     assert re.findall(r"\b(nan|None|null|inf|Undefined)\b", words(html), flags=re.IGNORECASE) == []
@@ -148,11 +150,53 @@ def test_missing_pieces_are_left_out(tmp_path: Path, changes: dict[str, Any]):
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_evaluation_object_reads_like_its_file(tmp_path: Path):
-    fields = make_evaluation()
-    for row in [*fields["layers"], *fields["lawson2024"]["layers"]]:
-        row["layer"] = float(row["layer"])  # as Evaluation declares it
-    assert write(tmp_path / "a", evaluation=Evaluation(**fields)) == write(tmp_path / "b", evaluation=fields)
+def test_an_evaluation_object_reads_like_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    ends = {
+        "layers": [{"fvu": (0.09, 0.2)}] * 5,
+        "mean": {"fvu": (0.11, 0.13)},
+        "all_layers": {},
+        "clean_ce": (3.4, 3.6),
+    }
+    evaluation = Evaluation(**make_evaluation(), ci95=ends)
+    read = json.loads(json.dumps(evaluation.to_dict()))
+    assert write(tmp_path / "a", evaluation=evaluation) == write(tmp_path / "b", evaluation=read)
+    assert "leaves 0.120 [0.110, 0.130] of the variance" in words((tmp_path / "a" / "report.html").read_text())
+
+
+def test_headlines_stand_with_their_intervals_beside_the_nulls():
+    analysis = make_analysis()
+    summary, drawn = analysis.summary(), {found.name: found for found in pictures(analysis)}
+    head, *rows = report.headline_table(analysis, drawn)
+    assert head[2:] == ["independent layers", "shuffled layers"]
+    assert {len(row) for row in rows} == {4}
+    found = {label: cells for label, *cells in rows}
+    everywhere = [summary, *summary["nulls"].values()]
+    assert found["Layers per event, mean"] == [wording.number(s["events"]["mean_active_layers"]) for s in everywhere]
+    assert "[" in found["Layers per event, mean"][0]
+    assert found["rel_t as published (lawson2024)"] == [wording.number(s["lawson2024"]["rel_t"]) for s in everywhere]
+    shares = drawn["variance"].data["shares"]["mass"]
+    assert found["… between latents"][0] == wording.percent(shares["latent"])
+    assert [len(row) for row in report.headline_table(replace(analysis, nulls={}), drawn)] == [2] * (1 + len(rows))
+    flat = report.headline_table(make_analysis(n_layers=1), {})
+    assert [row[0] for row in flat[1:]] == ["Layers per event, mean", "Effective layers of a latent, mean"]
+
+
+def test_the_sample_is_of_active_latents_in_order_of_depth():
+    analysis = make_analysis()
+    found, n_events = analysis.statistics.distribution(), analysis.statistics.n_events
+    head, *rows = report.sample(analysis)
+    latents = [int(row[0]) for row in rows]
+    assert len(set(latents)) == report.N_SAMPLED
+    assert (found.centre_of_mass[latents].diff() >= 0).all()
+    assert (n_events[latents] >= n_events[found.used].median()).all()
+    assert head[-1] == "promotes"
+    assert {row[-1] for row in rows} == {"“ the” “\n”"}
+    shifted = replace(analysis, layers=(10, 12, 14, 16, 18), words=None)
+    for row, moved in zip(rows, report.sample(shifted)[1:], strict=True):  # depth is named by the model's layers
+        before, after = (float(cells[1].split(" ")[0]) for cells in (row, moved))
+        assert after == pytest.approx(10 + 2 * before, abs=0.06)
+    assert report.sample(replace(analysis, statistics=LayerStatistics(5, 40))) == []
 
 
 # ---- the terminal's table ------------------------------------------------------------------------------------------
@@ -189,11 +233,12 @@ def test_plain_table_without_splice():
     [
         (0.27421, "0.274"), (4.717, "4.72"), (19880, "19,880"), (1234.5, "1,234"), (-0.0691, "−0.0691"), (0.0, "0"),
         (2.5e-5, "2.50e−05"), (float("nan"), "–"), (float("inf"), "–"), (None, "–"), (32.0, "32"),
-        ({"value": 0.5, "ci95": [0.4, 0.65]}, "0.500 [0.400, 0.650]"),
+        ({"value": 0.5, "ci95": [0.4, 0.65]}, "0.500 [0.400, 0.650]"), ({"value": 0.5, "ci95": [None, None]}, "0.500"),
+        ({"value": 0.5, "ci95": [float("nan")] * 2}, "0.500"),
     ],
 )  # fmt: skip
 def test_numbers(value: Any, text: str):
-    assert report.number(value) == text
+    assert wording.number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -201,12 +246,13 @@ def test_numbers(value: Any, text: str):
     [
         (0, "0 %"), (1, "100 %"), (0.753, "75 %"), (0.0344, "3.4 %"), (0.994, "99.4 %"), (1e-6, "< 0.01 %"),
         (0.99999, "> 99.9 %"), (float("nan"), "–"), (None, "–"), (0.0997, "10 %"),
+        ({"value": 0.5, "ci95": [-0.012, 0.65]}, "50 % [−1.2 %, 65 %]"),
     ],
 )  # fmt: skip
 def test_percentages(share: float | None, text: str):
-    assert report.percent(share) == text
+    assert wording.percent(share) == text
 
 
 def test_durations_and_signs():
-    assert [report.duration(s) for s in (3.25, 71, 3725)] == ["3.2 s", "1 min 11 s", "1 h 2 min"]
-    assert [report.signed(x) for x in (0.5, -0.5, 0, None)] == ["+0.500", "−0.500", "0", "–"]
+    assert [wording.duration(s) for s in (3.25, 71, 3725)] == ["3.2 s", "1 min 11 s", "1 h 2 min"]
+    assert [wording.signed(x) for x in (0.5, -0.5, 0, None)] == ["+0.500", "−0.500", "0", "–"]

@@ -4,17 +4,21 @@ Matplotlib is used through its objects alone: no pyplot, and its settings are as
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
+
+from mlsae.analysis.wording import ends, plain
 
 BLUE, ORANGE, GREEN, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8a8a8a", "#222222"
 """Okabe and Ito's colours, which colour-blind readers can tell apart."""
@@ -129,16 +133,64 @@ def height_of(n_layers: int) -> float:
     return min(3.6, max(1.5, 0.11 * n_layers))
 
 
-def layer_axis(axis: Any, layers: Sequence[int], label: str = "layer") -> None:
-    """Ticks at whole layers, at most 12 of them, named by layer id."""
-    step = tick_step(len(layers))
+def layer_axis(axis: Any, layers: Sequence[int], label: str = "layer", *, at_most: int = 12) -> None:
+    """Ticks at whole layers, few of them, named by layer id."""
+    step = tick_step(len(layers), at_most)
     axis.set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axis.set_label_text(label)
 
 
-def tick_step(n_layers: int) -> int:
-    """A round distance that leaves at most 12 ticks."""
-    return next(step for step in (1, 2, 5, 10, 20, 50, 100, n_layers) if n_layers <= 12 * step)
+def count_axis(axis: Any, n_layers: int, label: str) -> None:
+    """Ticks at numbers of layers, from 1."""
+    step = tick_step(n_layers)
+    axis.set_ticks(range(1, n_layers + 1) if step == 1 else [1, *range(step, n_layers + 1, step)])
+    axis.set_label_text(label)
+
+
+def tick_step(n_layers: int, at_most: int = 12) -> int:
+    """A round distance that leaves few ticks."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, n_layers) if n_layers <= at_most * step)
+
+
+def percent_axis(axis: Any) -> None:
+    """Shares as percentages."""
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+
+
+def whiskers(axes: Axes, x: Iterable[int | float], ends: Iterable[Sequence[float]], colour: str = INK) -> None:
+    """An upright line from end to end of each interval; none where there is no interval."""
+    rows = [(at, low, high) for at, (low, high) in zip(x, ends, strict=True) if np.isfinite(low) and np.isfinite(high)]
+    if rows:
+        axes.vlines(*np.array(rows).T, color=colour, linewidth=1.1, zorder=3)
+
+
+def interval_line(axes: Axes, x: Sequence[int | float], values: Iterable[Any], colour: str, **style: Any) -> None:
+    """A line of numbers in a band of their intervals, where they have them; `style` is of the line."""
+    values = list(values)
+    low, high = np.array([ends(value) for value in values]).reshape(-1, 2).T
+    axes.fill_between(x, low, high, color=colour, alpha=0.3, linewidth=0)
+    axes.plot(x, [plain(value) for value in values], marker="o", color=colour, **style)
+
+
+def halo(width: float = 3.0) -> Any:
+    """A white edge around a line that crosses a dark image."""
+    return [withStroke(linewidth=width, foreground="white")]
+
+
+def counts_image(axes: Axes, counts: np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray, label: str) -> None:
+    """Counts [x, y] as colours on a log scale with their colour bar, nothing where there are none."""
+    axes.grid(False)
+    norm = LogNorm(1, max(2, counts.max()))
+    shown = np.ma.masked_equal(counts.T, 0)
+    image = axes.pcolormesh(x_edges, y_edges, shown, cmap="magma_r", norm=norm, rasterized=True)
+    colours = figure_of(axes).colorbar(image, ax=axes, label=label, pad=0.02, aspect=18)
+    plain_log(colours.ax.yaxis)
+
+
+def figure_of(axes: Axes) -> Figure:
+    """The figure that axes are in."""
+    assert isinstance(axes.figure, Figure)
+    return axes.figure
 
 
 def band(axes: Axes, x: Sequence[int], moments: Mapping[str, list[float]], colour: str) -> None:
@@ -158,12 +210,13 @@ def direct_label(axes: Axes, lines: Sequence[tuple[str, Sequence[float], str]]) 
         axes.annotate(name, (len(values) - 1, values[-1]), (6, 0), color=colour, fontsize=8, **place)
 
 
-def plain_log(axes: Axes) -> None:
+def plain_log(axis: Any) -> None:
     """A log axis with plain numbers, at 1, 2 and 5 where it spans few decades."""
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    few = high < 1000 * low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if few else power_of_ten(x)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def digits(value: float) -> str:

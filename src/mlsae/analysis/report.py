@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mlsae import files
 from mlsae.analysis.drawing import rendered
 from mlsae.analysis.figures import Picture, pictures, save
+from mlsae.analysis.heatmaps import by_depth
+from mlsae.analysis.summary import by_latent
+from mlsae.analysis.wording import NULL_NAMES, duration, number, percent, plain, signed
 from mlsae.analyze import Analysis
 from mlsae.evaluate import Evaluation
+from mlsae.intervals import Estimate
 
 COLUMNS = {
     "fvu": "FVU",
@@ -36,6 +42,15 @@ SHORT_COLUMNS = ("fvu", "cosine", "l0", "delta_ce", "kl")
 """Those of the terminal's table."""
 MAX_ROWS = 12
 """Layers in the terminal's table."""
+SECTIONS = {
+    "layers": ("What the layers show", ("heatmap", "spread", "variance", "centre_of_mass", "lives", "latents")),
+    "prompt": ("One prompt", ("prompt_heatmap", "prompt_positions")),
+    "directions": ("What the latents point at", ("directions", "vocabulary")),
+    "stream": ("The residual stream itself", ("similarity",)),
+}
+"""Headings of the pictures of an analysis, by their anchors."""
+N_SAMPLED, N_TOKENS = 10, 5
+"""Latents in the sample, and tokens that each is shown with."""
 
 
 # ---- the two outputs -----------------------------------------------------------------------------------------------
@@ -60,7 +75,10 @@ def write_report(
     """
     path = Path(path)
     measured = None if evaluation is None else as_dict(evaluation)
-    drawn = pictures(analysis, measured, metrics)
+    drawn = {picture.name: picture for picture in pictures(analysis, measured, metrics)}
+    sections = {
+        anchor: (heading, [name for name in names if name in drawn]) for anchor, (heading, names) in SECTIONS.items()
+    }
     page = _environment().get_template("report.html.j2").render(
         title=title,
         notes=list(notes),
@@ -70,11 +88,14 @@ def write_report(
         evaluation=measured,
         worst=extremes(measured) if measured else {},
         summary=analysis.summary(),
-        pictures={picture.name: {"picture": picture, "source": data_uri(picture)} for picture in drawn},
+        headlines=headline_table(analysis, drawn),
+        latents=sample(analysis),
+        sections={anchor: section for anchor, section in sections.items() if section[1] or anchor == "layers"},
+        pictures={name: {"picture": picture, "source": data_uri(picture)} for name, picture in drawn.items()},
         commands=commands(run),
     )  # fmt: skip
     files.write_text(path, page)
-    return [path, *(file for picture in drawn for file in save(picture, path.parent / "figures"))]
+    return [path, *(file for picture in drawn.values() for file in save(picture, path.parent / "figures"))]
 
 
 def plain_table(evaluation: Evaluation | Mapping[str, Any]) -> str:
@@ -169,6 +190,61 @@ def extremes(evaluation: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any]
     return found
 
 
+def headline_table(analysis: Analysis, drawn: Mapping[str, Picture]) -> list[list[str]]:
+    """A header, and rows of words: a number, what it is with its interval, and what it is by chance."""
+    variance, lives = ({} if name not in drawn else drawn[name].data for name in ("variance", "lives"))
+    summary, chance = analysis.summary(), {"shares": variance.get("chance", {}), "lives": lives.get("chance", {})}
+    columns = [_headlines(summary, variance.get("shares", {}), lives)]
+    for null, found in summary["nulls"].items():
+        columns.append(_headlines(found, chance["shares"].get(null, {}), chance["lives"].get(null, {})))
+    rows = [[words, *(column[words] for column in columns)] for words, here in columns[0].items() if here != "–"]
+    return [["", "here [95 % interval]", *(NULL_NAMES[null] for null in summary["nulls"])], *rows] if rows else []
+
+
+def _headlines(found: Mapping[str, Any], shares: Mapping[str, Any], lives: Mapping[str, Any]) -> dict[str, str]:
+    """From a summary, its own or a null's, and what two pictures add to it."""
+    by_mass, by_event, published = shares.get("mass", {}), found["decomposition"]["event"], found["lawson2024"]
+    return {
+        "Depth variance within one latent on one token, by mass": percent(by_mass.get("within")),
+        "… of one latent over tokens": percent(by_mass.get("token")),
+        "… between latents": percent(by_mass.get("latent")),
+        "rel_f, by event": number(by_event["rel_f"]),
+        "rel_f as published (lawson2024)": number(published["rel_f"]),
+        "rel_t, by event": number(by_event["rel_t"]),
+        "rel_t as published (lawson2024)": number(published["rel_t"]),
+        "Layers per event, mean": number(found["events"]["mean_active_layers"]),
+        "Effective layers of a latent, mean": number(found["distribution"]["effective_layers"]["mean"]),
+        "Activations whose latent is active at the next layer too": percent(lives.get("mean_persistence")),
+    }
+
+
+def sample(analysis: Analysis) -> list[list[str]]:
+    """A header, and rows of words on a few of the more active half of latents, evenly spread over depth."""
+    statistics, words = analysis.statistics, analysis.words
+    n_events = statistics.n_events
+    if not n_events.any():
+        return []
+    order = by_depth(statistics.distribution().centre_of_mass, n_events >= n_events[n_events > 0].median())
+    chosen = [int(order[round(place)]) for place in np.linspace(len(order) - 1, 0, min(N_SAMPLED, len(order)))]
+    found = {name: estimate[chosen] for name, estimate in statistics.estimates(by_latent).items()}
+    row_of, layer_of = range(len(analysis.layers)), analysis.layers
+    ends = (torch.from_numpy(np.interp(x, row_of, layer_of)) for x in vars(found["centre_of_mass"]).values())
+    found["centre_of_mass"] = Estimate(*ends)
+    head = ["latent", "layer (centre of mass)", "effective layers", "active on"]
+    rows = [
+        [str(j), number(layer), number(spread), percent(plain(rate))]
+        for j, layer, spread, rate in zip(
+            chosen, *(found[name].to_dict() for name in ("centre_of_mass", "effective_layers", "rate")), strict=True
+        )
+    ]
+    if words is None:
+        return [head, *rows]
+    tokens = [
+        " ".join(f"“{words.strings[token]}”" for token in words.logits.promoted[j, :N_TOKENS].tolist()) for j in chosen
+    ]
+    return [[*head, "promotes"], *([*row, promoted] for row, promoted in zip(rows, tokens, strict=True))]
+
+
 def commands(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What to type next, and what it does; words in capitals are for the reader to fill in."""
     run = run or {}
@@ -187,55 +263,6 @@ def data_uri(picture: Picture) -> str:
     pixels = any(axes.images for axes in picture.figure.axes)
     kind, media = ("png", "image/png") if pixels else ("svg", "image/svg+xml")
     return f"data:{media};base64,{base64.b64encode(rendered(picture.figure, kind)).decode()}"
-
-
-# ---- numbers in words ----------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> float:
-    """A number without its interval; NaN where there is none."""
-    value = value["value"] if isinstance(value, Mapping) else value
-    return math.nan if value is None else float(value)
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number to so many significant digits, or a dash where there is none; an interval follows in brackets."""
-    if isinstance(value, Mapping):
-        return f"{number(value['value'], digits)} [{', '.join(number(end, digits) for end in value['ci95'])}]"
-    value = plain(value)
-    if not math.isfinite(value):
-        return "–"
-    if value == int(value):
-        text = f"{int(value):,}"
-    elif 1e-3 <= abs(value) < 1e6:
-        text = f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-    else:
-        text = f"{value:.{digits - 1}e}"
-    return text.replace("-", "−")
-
-
-def signed(value: Any) -> str:
-    """The same with its sign."""
-    return ("+" if plain(value) > 0 else "") + number(value)
-
-
-def percent(share: Any) -> str:
-    """A share as a percentage of about two digits, or a dash; only 0 and 1 themselves read 0 % and 100 %."""
-    share = plain(share)
-    if not math.isfinite(share):
-        return "–"
-    if 0 < share < 1e-4 or 0.9995 < share < 1:
-        return "< 0.01 %" if share < 0.5 else "> 99.9 %"
-    return f"{100 * share:.2g} %" if 0 < share < 0.0995 else f"{100 * share:.{int(0.99 < share < 1)}f} %"
-
-
-def duration(seconds: int | float) -> str:
-    """Hours, minutes and seconds, the two largest that matter."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{number(seconds, 2)} s"
 
 
 def _cell(name: str, row: Mapping[str, Any]) -> str:
