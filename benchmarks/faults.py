@@ -578,13 +578,6 @@ FAULTS = [
         "analysis/test_layers.py::test_shards_add_up_to_the_whole",
     ),
     Fault(
-        "roundings are left where a shard held all there was",
-        "analysis/layers.py",
-        "kept[name] = torch.where(kept[counted] > 0, kept[name], 0.0)",
-        "kept[name] = kept[name] + 0.0",
-        "analysis/test_layers.py::test_without_a_shard_is_the_statistics_of_the_other_documents",
-    ),
-    Fault(
         "the jackknife does not take out the bias",
         "intervals.py",
         "centre = n * value - (n - 1) * mean",

@@ -78,6 +78,7 @@ class Events:
         first, second = self.sum(self.layer), self.sum(np.square(self.layer))  # whole numbers: nothing is lost
         return (self.size * second - np.square(first)) / self.size
 
+    @cached_property
     def runs(self) -> tuple[Int[np.ndarray, " run"], Int[np.ndarray, " run"]]:
         """Every stretch of consecutive layers: its length, and its event."""
         ends = np.flatnonzero(~self.goes_on)
@@ -85,7 +86,7 @@ class Events:
 
     def longest_run(self) -> Int[np.ndarray, " event"]:
         """The most consecutive layers of each event."""
-        length, event = self.runs()
+        length, event = self.runs
         return np.maximum.reduceat(length, _first_of_each(event)) if len(event) else length
 
 
@@ -108,7 +109,7 @@ def find_events(
     latent, layer = (key >> bits).ravel(), (place // k).ravel()
     entry = np.flatnonzero(value > 0)
     if len(entry) < len(value):
-        latent, layer, value = latent[entry], layer[entry], value[entry]
+        latent, layer, value = latent.take(entry), layer.take(entry), value.take(entry)
     begins = np.ones(len(value), dtype=bool)
     np.not_equal(latent[1:], latent[:-1], out=begins[1:])
     of_token = np.searchsorted(entry, np.arange(0, n_tokens * width, width))

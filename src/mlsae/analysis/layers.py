@@ -30,8 +30,6 @@ SHAPES = ("active_layers", "longest_run", "runs", "first_layer", "last_layer")
 """Histograms of events (of runs: every one) over numbers of layers, and over layers."""
 SUMS_OF = {"mass": "totals", "event": "shares", "count": "counts"}
 """The sums of each of WEIGHTS."""
-COUNTED_BY = {"totals": "counts", "shares": "counts", "within": "n_events", "effective_layers": "n_events"}
-"""Sums of floats, and the counts that are 0 where nothing was added to them."""
 ENTRIES_AT_ONCE = 200_000
 """Of the code, sorted and summed together: what fits into a processor's cache is several times faster."""
 Sums = dict[str, Tensor]
@@ -140,11 +138,8 @@ class LayerStatistics:
         return self._with({name: parts.sum(0) for name, parts in self.by_shard.items()})
 
     def without(self, shard: int) -> "LayerStatistics":
-        """The statistics of all documents but those of one shard; where nothing else was counted, exactly 0."""
-        kept = {name: getattr(self, name) - parts[shard] for name, parts in self.by_shard.items()}
-        for name, counted in COUNTED_BY.items():
-            kept[name] = torch.where(kept[counted] > 0, kept[name], 0.0)
-        return self._with(kept)
+        """The statistics of all documents but those of one shard; exactly 0 where that one held all there was."""
+        return self._with({name: getattr(self, name) - parts[shard] for name, parts in self.by_shard.items()})
 
     def estimates(
         self, numbers: "Callable[[LayerStatistics], dict[str, Float[Tensor, '*stat']]]"
@@ -261,7 +256,7 @@ class LayerStatistics:
 
     def _add_shapes(self, sums: "_Partial", events: Events, owner: Int[np.ndarray, " event"]) -> None:
         base = owner * self.n_layers
-        length, event = events.runs()
+        length, event = events.runs
         sums.add("active_layers", base + events.size - 1)
         sums.add("longest_run", base + events.longest_run() - 1)
         sums.add("runs", base[event] + length - 1)
