@@ -26,6 +26,7 @@ from mlsae.intervals import Estimate
 
 COLUMNS = {
     "fvu": "FVU",
+    "lens_fvu": "FVU behind the lens",
     "mse": "MSE",
     "cosine": "cosine",
     "norm_ratio": "norm ratio",
@@ -36,9 +37,9 @@ COLUMNS = {
     "kl": "KL",
 }
 """Metrics of a layer, in the order of the tables, with their headings."""
-DECIMALS = {"fvu": 3, "cosine": 3, "norm_ratio": 3, "l0": 1, "l1": 1, "delta_ce": 3, "kl": 3}
+DECIMALS = {"fvu": 3, "lens_fvu": 3, "cosine": 3, "norm_ratio": 3, "l0": 1, "l1": 1, "delta_ce": 3, "kl": 3}
 """Places after the point in a table, so that points stand below each other; the others have significant digits."""
-SHORT_COLUMNS = ("fvu", "cosine", "l0", "delta_ce", "kl")
+SHORT_COLUMNS = ("fvu", "lens_fvu", "cosine", "l0", "delta_ce", "kl")
 """Those of the terminal's table."""
 MAX_ROWS = 12
 """Layers in the terminal's table."""
@@ -139,6 +140,7 @@ def trained(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Latents": _some(run.get("n_latents"), number),
         "Active per vector": _some(run.get("k"), "k = {}".format),
         "Input frame": run.get("frame"),
+        "Tuned lens": run.get("lens"),
         "Recipe": run.get("recipe"),
         "Tokens": _some(run.get("tokens"), number),
         "Passes over the text": _some(run.get("passes"), number),

@@ -46,8 +46,8 @@ def duration(seconds: int | float) -> str:
 
 def _with_interval(value: Any, words: Callable[[float], str]) -> str:
     low, high = ends(value)
-    interval = f" [{words(low)}, {words(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return words(plain(value)) + interval
+    known = math.isfinite(low) and math.isfinite(high) and not low == high == plain(value)
+    return words(plain(value)) + (f" [{words(low)}, {words(high)}]" if known else "")
 
 
 def _number(value: float, digits: int) -> str:
