@@ -14,8 +14,20 @@ from mlsae.analysis.depth import Decomposition
 from mlsae.analysis.layers import WEIGHTS, LayerStatistics
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError
 from mlsae.intervals import jackknife
+from mlsae.ops import cpu
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, params=["cpu", "reference"])
+def impl(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every law holds for the C++ and for NumPy."""
+    if request.param == "cpu" and (why := cpu.missing()) is not None:
+        pytest.skip(why)
+    if request.param == "reference":
+        monkeypatch.setattr(cpu, "missing", lambda: "not wanted here")
+    return request.param
+
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 
@@ -368,6 +380,28 @@ def test_permuting_latents_permutes_every_sum_by_latent():
     for name, total in want.by_shard.items():
         expected = total[..., order] if total.shape[-1:] == (9,) else total
         torch.testing.assert_close(got.by_shard[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n_layers", "n_latents", "k"), [(1, 3, 3), (5, 9, 4), (30, 200, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_add_up_the_same(n_layers, n_latents, k, dtype):
+    generator = torch.Generator().manual_seed(n_layers)
+    indices = torch.rand(n_layers, 300, n_latents, generator=generator).topk(k).indices
+    values = torch.rand(n_layers, 300, k, generator=generator).to(dtype) - 0.2
+    found = []
+    for how in ("cpu", "reference"):
+        found.append(LayerStatistics(n_layers, n_latents, 7))
+        for at in (slice(0, 120), slice(120, 300)):
+            code = Code(values[:, at].relu(), indices[:, at])
+            token = torch.arange(at.start, at.stop)
+            found[-1].update(code, sequence=token // 60, shard=token // 13 % 7, impl=how)
+    assert_same(*found)
+
+
+def test_a_latent_named_twice_by_one_vector_is_an_error():
+    twice = Code(torch.ones(2, 3, 2), torch.zeros(2, 3, 2, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="names the same latent twice"):
+        LayerStatistics(2, 4).update(twice)
 
 
 def test_the_same_codes_give_the_same_bits():

@@ -6,21 +6,23 @@ Counts are int64, sums float64, on the CPU, so the same codes give the same bits
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mlsae.analysis.depth import Decomposition, Distribution, Lawson2024Ratios, decompose, distribute
 from mlsae.analysis.events import Events, find_events
+from mlsae.config import Impl
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, did_you_mean
 from mlsae.files import load_tensors, save_tensors
 from mlsae.intervals import Estimate, check_shards, jackknife
+from mlsae.ops import cpu
 
 WEIGHTS = ("mass", "event", "count")
 """What an active (layer, token, latent) weighs: z; z / sum_l z, so that every event counts once; or 1."""
@@ -31,7 +33,7 @@ SHAPES = ("active_layers", "longest_run", "runs", "first_layer", "last_layer")
 SUMS_OF = {"mass": "totals", "event": "shares", "count": "counts"}
 """The sums of each of WEIGHTS."""
 ENTRIES_AT_ONCE = 200_000
-"""Of the code, sorted and summed together: what fits into a processor's cache is several times faster."""
+"""Of the code, sorted and summed together in NumPy: what fits into a processor's cache is faster."""
 Sums = dict[str, Tensor]
 """Sums by name, each with a leading axis of shards."""
 
@@ -92,6 +94,8 @@ class LayerStatistics:
         code: SparseCode,
         sequence: Int[Tensor, " token"] | None = None,
         shard: Int[Tensor, " token"] | None = None,
+        *,
+        impl: Impl = "auto",
     ) -> None:
         """Add the code of some tokens at all layers.
 
@@ -100,6 +104,7 @@ class LayerStatistics:
                 it: it averages over sequences, so a sequence must arrive whole. With `keep [batch, pos]` marking the
                 tokens that were kept, it is `keep.nonzero()[:, 0]`.
             shard: the shard of documents that each token belongs to; None: the first.
+            impl: `reference` is NumPy; otherwise C++, where it was built.
         """
         values, indices = self._checked(code)
         n_tokens = values.shape[1]
@@ -107,17 +112,16 @@ class LayerStatistics:
         if len(sequence) != n_tokens:
             raise DataError("sequence", f"names the sequence of {len(sequence)} tokens; the code holds {n_tokens}")
         shards, owner = check_shards(shard, n_tokens, self.n_shards).unique(return_inverse=True)
-        sums = _Partial(self.by_shard, shards)
-        sums.add("tokens", owner.numpy())
-        moments = []
-        for at in _slices(n_tokens, max(1, ENTRIES_AT_ONCE // (self.n_layers * values.shape[2]))):
-            events = find_events(values[:, at], indices[:, at], self.n_latents)
-            self._add_sums(sums, events, owner[at].numpy()[events.token])
-            self._add_shapes(sums, events, owner[at].numpy()[events.token])
-            moments.append((events.token + at.start, events.latent, events.mean, events.variance))
-        if moments:
-            self._add_published(*map(np.concatenate, zip(*moments, strict=True)), sequence, shards[owner])
-        sums.flush()
+        _, sequence, length = sequence.unique(return_inverse=True, return_counts=True)
+        # These tokens are added up apart first: rounding then grows with the updates, not with the entries.
+        sums = self._zeros(len(shards))
+        sums["tokens"] += owner.bincount(minlength=len(shards))
+        firsts, moments = (torch.zeros(len(length), size, dtype=torch.float64) for size in (self.n_latents, 3))
+        add = self._add_reference if impl == "reference" or cpu.missing() is not None else cpu.depth_sums
+        add(values, indices, owner, sequence, sums, firsts, moments)
+        self._add_published(sums, firsts, moments, length, owner.new_zeros(len(length)).scatter_(0, sequence, owner))
+        for name, total in self.by_shard.items():
+            total.index_add_(0, shards, sums[name])
         self._whole = {}
 
     def merge(self, other: "LayerStatistics") -> "LayerStatistics":
@@ -240,76 +244,71 @@ class LayerStatistics:
             raise NumericsError("code", "values hold NaN or infinity; check the SAE's weights and the residual stream")
         return values, indices
 
-    def _add_sums(self, sums: "_Partial", events: Events, owner: Int[np.ndarray, " event"]) -> None:
+    def _add_reference(
+        self,
+        values: Float[Tensor, "layer token k"],
+        indices: Int[Tensor, "layer token k"],
+        shard: Int[Tensor, " token"],
+        sequence: Int[Tensor, " token"],
+        sums: Sums,
+        firsts: Float[Tensor, "sequence n_latents"],
+        moments: Float[Tensor, "sequence 3"],
+    ) -> None:
+        """What `ops.cpu.depth_sums` does, in NumPy, some tokens at a time."""
+        at_once = max(1, ENTRIES_AT_ONCE // (self.n_layers * values.shape[2]))
+        for at in (slice(start, start + at_once) for start in range(0, values.shape[1], at_once)):
+            events = find_events(values[:, at], indices[:, at], self.n_latents)
+            self._add_sums(sums, events, shard[at].numpy()[events.token])
+            self._add_shapes(sums, events, shard[at].numpy()[events.token])
+            owner = sequence[at].numpy()[events.token]
+            _add_at(firsts, owner * self.n_latents + events.latent, events.mean)
+            squared = np.square(events.mean)
+            for column, x in enumerate((events.mean, squared, events.variance + squared)):
+                _add_at(moments, owner * 3 + column, x)
+
+    def _add_sums(self, sums: Sums, events: Events, owner: Int[np.ndarray, " event"]) -> None:
         latent = owner * self.n_latents + events.latent
         cell = (owner * self.n_layers * self.n_latents + events.latent).take(events.event)
         cell += events.layer * self.n_latents
-        sums.add("totals", cell, events.value)
-        sums.add("shares", cell, events.share)
-        sums.add("counts", cell)
-        sums.add("persisted", cell[events.goes_on])
-        sums.add("n_events", latent)
-        sums.add("effective_layers", latent, events.effective_layers)
+        _add_at(sums["totals"], cell, events.value)
+        _add_at(sums["shares"], cell, events.share)
+        _add_at(sums["counts"], cell)
+        _add_at(sums["persisted"], cell[events.goes_on])
+        _add_at(sums["n_events"], latent)
+        _add_at(sums["effective_layers"], latent, events.effective_layers)
         within = latent + owner * (len(WEIGHTS) - 1) * self.n_latents
         for row, name in enumerate(WEIGHTS):
-            sums.add("within", within + row * self.n_latents, events.spread(name))
+            _add_at(sums["within"], within + row * self.n_latents, events.spread(name))
 
-    def _add_shapes(self, sums: "_Partial", events: Events, owner: Int[np.ndarray, " event"]) -> None:
+    def _add_shapes(self, sums: Sums, events: Events, owner: Int[np.ndarray, " event"]) -> None:
         base = owner * self.n_layers
         length, event = events.runs
-        sums.add("active_layers", base + events.size - 1)
-        sums.add("longest_run", base + events.longest_run() - 1)
-        sums.add("runs", base[event] + length - 1)
-        sums.add("first_layer", base + events.layer[events.start])
-        sums.add("last_layer", base + events.layer[events.last])
+        _add_at(sums["active_layers"], base + events.size - 1)
+        _add_at(sums["longest_run"], base + events.longest_run() - 1)
+        _add_at(sums["runs"], base[event] + length - 1)
+        _add_at(sums["first_layer"], base + events.layer[events.start])
+        _add_at(sums["last_layer"], base + events.layer[events.last])
 
     def _add_published(
         self,
-        token: Int[np.ndarray, " event"],
-        latent: Int[np.ndarray, " event"],
-        mean: Float[np.ndarray, " event"],
-        variance: Float[np.ndarray, " event"],
-        sequence: Int[Tensor, " token"],
-        shard: Int[Tensor, " token"],
+        sums: Sums,
+        firsts: Float[Tensor, "sequence n_latents"],
+        moments: Float[Tensor, "sequence 3"],
+        n_tokens: Int[Tensor, " sequence"],
+        shard: Int[Tensor, " sequence"],
     ) -> None:
-        """Per sequence, from the mean and the variance of the layer in each event: V needs no more."""
-        _, inverse, n_tokens = (x.numpy() for x in sequence.unique(return_inverse=True, return_counts=True))
-        owner, n_sequences = inverse[token], len(n_tokens)
-        n_cells = n_tokens * self.n_latents
-        first, second = mean, variance + np.square(mean)
-        pair = owner * self.n_latents + latent
-        pair_first = np.bincount(pair, first, minlength=n_sequences * self.n_latents).reshape(n_sequences, -1)
-        mean_second = np.bincount(owner, second, minlength=n_sequences) / n_cells
-        mean_first = np.bincount(owner, first, minlength=n_sequences) / n_cells
-        e_f = mean_second - np.square(pair_first).sum(1) / (n_cells * n_tokens)
-        e_tf = mean_second - np.bincount(owner, np.square(first), minlength=n_sequences) / n_cells
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratios = torch.from_numpy(np.stack([e_f / (mean_second - mean_first**2), e_tf / e_f], axis=1))
-        home = torch.zeros(n_sequences, dtype=torch.int64).scatter_(0, torch.from_numpy(inverse), shard)
-        self.by_shard["published"].index_add_(0, home, ratios.where(ratios.isfinite(), 0.0))
-        self.by_shard["sequences"].index_add_(0, home, ratios.isfinite().long())
+        """Per sequence, from the mean layers of events by latent, and the sums of them, their squares, and squared layers."""
+        n_cells = n_tokens.double() * self.n_latents
+        mean_first, mean_square, mean_second = (moments / n_cells[:, None]).unbind(1)
+        e_f = mean_second - firsts.square().sum(1) / (n_cells * n_tokens)
+        ratios = torch.stack([e_f / (mean_second - mean_first**2), (mean_second - mean_square) / e_f], dim=1)
+        sums["published"].index_add_(0, shard, ratios.where(ratios.isfinite(), 0.0))
+        sums["sequences"].index_add_(0, shard, ratios.isfinite().long())
 
 
-class _Partial:
-    """What one update adds, to the shards it has tokens of, added up apart: rounding grows with updates, not with entries."""
-
-    def __init__(self, sums: Sums, shards: Int[Tensor, " shard"]):
-        self._sums, self._shards = sums, shards
-        self._parts: Sums = {}
-
-    def add(self, name: str, cell: Int[np.ndarray, " item"], x: Float[np.ndarray, " item"] | None = None) -> None:
-        """sums[name][cell] += x, or 1, where `cell` counts through the sums of these shards alone."""
-        if name not in self._parts:
-            total = self._sums[name]
-            self._parts[name] = total.new_zeros(len(self._shards), *total.shape[1:])
-        at = torch.from_numpy(cell)
-        self._parts[name].view(-1).scatter_add_(0, at, torch.ones_like(at) if x is None else torch.from_numpy(x))
-
-    def flush(self) -> None:
-        """Add all of it to the sums."""
-        for name, part in self._parts.items():
-            self._sums[name].index_add_(0, self._shards, part)
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+def _add_at(
+    sums: Shaped[Tensor, "*cell"], cell: Int[np.ndarray, " item"], x: Float[np.ndarray, " item"] | None = None
+) -> None:
+    """sums[cell] += x, or 1, where `cell` counts through all of `sums`."""
+    at = torch.from_numpy(cell)
+    sums.view(-1).scatter_add_(0, at, torch.ones_like(at) if x is None else torch.from_numpy(x))

@@ -641,4 +641,67 @@ void adam(float* W, const float* gradient, float* mean, float* square, const flo
   }
 }
 
+// ---- where in depth latents are active -----------------------------------------------------------------------------------
+
+// Adds up the events of a code [layer, token, k]; analysis/events.py says what an event is, analysis/layers.py what each sum is. A
+// token adds to the sums of its shard, and to those of its sequence: `firsts [sequence, latent]` the mean layers of events,
+// `moments [sequence, 3]` their sum, that of their squares, and that of the mean squared layers. `twice` counts latents that a
+// vector names twice, which are an error.
+void depth(const double* values, const int64_t* indices, const int64_t* shard, const int64_t* sequence, int64_t n_layers,
+           int64_t n_tokens, int64_t k, int64_t n, double* totals, double* shares, int64_t* counts, int64_t* persisted,
+           double* within, double* effective_layers, int64_t* n_events, int64_t* active_layers, int64_t* longest_run,
+           int64_t* runs, int64_t* first_layer, int64_t* last_layer, double* firsts, double* moments, int64_t* twice,
+           int64_t* next) {
+  std::vector<int32_t> event_of(n, -1), latent_of(n_layers * k), size_of(n_layers * k), layers(n_layers * k * n_layers);
+  std::vector<double> zs(layers.size());
+  for (int64_t block; take(next, 1, block);) {  // tokens share sums: one thread does all
+    for (int64_t t = 0; t < n_tokens; t++) {
+      int32_t found = 0;
+      for (int64_t l = 0; l < n_layers; l++) {
+        const int64_t row = (l * n_tokens + t) * k;
+        for (int64_t i = row; i < row + k; i++) {
+          if (!(values[i] > 0)) continue;
+          int32_t& e = event_of[indices[i]];
+          if (e < 0) e = found++, latent_of[e] = (int32_t)indices[i], size_of[e] = 0;
+          int32_t& size = size_of[e];
+          if (size && layers[e * n_layers + size - 1] == l) {
+            ++*twice;
+            continue;
+          }
+          layers[e * n_layers + size] = (int32_t)l, zs[e * n_layers + size] = values[i];
+          size++;
+        }
+      }
+      const int64_t by_layer = shard[t] * n_layers, q = sequence[t];
+      for (int32_t e = 0; e < found; e++) {
+        const int32_t *layer = &layers[e * n_layers], size = size_of[e];
+        const double* z = &zs[e * n_layers];
+        const int64_t j = latent_of[e], own = shard[t] * n + j;
+        event_of[j] = -1;
+        double mass = 0, mean = 0, variance = 0, entropy = 0, second = 0, first = 0;
+        for (int32_t i = 0; i < size; i++) mass += z[i];
+        int64_t run = 0, longest = 0;
+        for (int32_t i = 0; i < size; i++) {
+          const int64_t cell = (by_layer + layer[i]) * n + j;
+          const double share = z[i] / mass, l = layer[i];
+          const bool goes_on = i + 1 < size && layer[i + 1] == layer[i] + 1;
+          totals[cell] += z[i], shares[cell] += share, counts[cell]++, persisted[cell] += goes_on;
+          mean += share * l, first += l, second += l * l;
+          if (size > 1) entropy -= share * std::log(share);
+          run++;
+          if (!goes_on) runs[by_layer + run - 1]++, longest = std::max(longest, run), run = 0;
+        }
+        for (int32_t i = 0; i < size; i++) variance += z[i] / mass * (layer[i] - mean) * (layer[i] - mean);
+        double* spread = within + shard[t] * 3 * n + j;
+        spread[0] += mass * variance, spread[n] += variance, spread[2 * n] += (size * second - first * first) / size;
+        effective_layers[own] += std::exp(entropy), n_events[own]++;
+        active_layers[by_layer + size - 1]++, longest_run[by_layer + longest - 1]++;
+        first_layer[by_layer + layer[0]]++, last_layer[by_layer + layer[size - 1]]++;
+        firsts[q * n + j] += mean;
+        moments[3 * q] += mean, moments[3 * q + 1] += mean * mean, moments[3 * q + 2] += variance + mean * mean;
+      }
+    }
+  }
+}
+
 }  // extern "C"

@@ -8,6 +8,7 @@ and for rows without a proof, it multiplies all in float32. Threads are torch's 
 
 import ctypes
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -249,6 +250,31 @@ def adam_(
     rates = (factor, lr / corrections[0], *betas, corrections[1] ** 0.5, eps)
     means = moments["exp_avg"], moments["exp_avg_sq"]
     _run("adam", weight, gradient, *means, along, *weight.shape, int(unit), *rates)
+
+
+# ---- where in depth latents are active -------------------------------------------------------------------------------
+
+
+def depth_sums(
+    values: Float[Tensor, "layer token k"],
+    indices: Int[Tensor, "layer token k"],
+    shard: Int[Tensor, " token"],
+    sequence: Int[Tensor, " token"],
+    sums: Mapping[str, Tensor],
+    firsts: Float[Tensor, "sequence n_latents"],
+    moments: Float[Tensor, "sequence 3"],
+) -> None:
+    """Add a code's events to the sums of analysis.layers, in one thread; ids, shards and sequences must be in range."""
+    twice = torch.zeros((), dtype=torch.int64)
+    code = values.double(), indices, shard, sequence, *values.shape, firsts.shape[1]
+    _run("depth", *code, *(sums[name] for name in DEPTH_SUMS), firsts, moments, twice)
+    assert not twice, "a vector names the same latent twice"
+
+
+DEPTH_SUMS = (
+    *("totals", "shares", "counts", "persisted", "within", "effective_layers", "n_events"),
+    *("active_layers", "longest_run", "runs", "first_layer", "last_layer"),
+)
 
 
 # ---- calling the library ---------------------------------------------------------------------------------------------
