@@ -12,6 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import depth  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
 import step  # noqa: E402
@@ -194,3 +195,14 @@ def test_our_step_runs(tmp_path: Path) -> None:
     assert table["ours"][4:6] == ["1.00", "1.00"]
     assert 0 < float(table["ours"][-1]) < 2
     assert "official absent: set MLSAE_BENCH_OFFICIAL_DIR" in done.stdout
+
+
+def test_our_depth_statistics_run_on_codes_whose_latents_are_distinct(tmp_path: Path) -> None:
+    values, indices = depth.codes(depth.CodeWork(n_tokens=20, n_latents=640))
+    assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    assert (values > 0).all()
+    command = [sys.executable, BENCHMARKS / "depth.py", "--rounds", "1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLSAE_BENCH_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    assert done.stdout.count("official absent: set MLSAE_BENCH_OFFICIAL_DIR") == 2
+    assert "stories15M: ours, tokens per CPU second" in done.stdout
