@@ -40,8 +40,8 @@ def made(lm: LanguageModel, lm_folder: Path, corpus: Path, tmp_path_factory) -> 
 def test_arms_differ_from_the_main_one_in_one_thing(made: Reproduction):
     main, *others = made.arms
     assert (main.name, main.k, main.expansion_factor) == ("main", 4, 4)
-    assert [arm.name for arm in others] == ["k2", "x2", "lens", "per-layer"]
-    assert [arm.differs_in(main) for arm in made.arms] == [None, "k", "expansion_factor", "kind", "kind"]
+    assert [arm.name for arm in others] == ["k2", "x2", "lens", "per-layer", "random-model"]
+    assert [arm.differs_in(main) for arm in made.arms] == [None, "k", "expansion_factor", "kind", "kind", "kind"]
     rival = json.loads((Path(made.directory) / "per-layer" / "config.json").read_text())
     assert rival["groups"] == 3
     assert abs(rival["n_latents"] - 4 * 32) <= 2  # as many as three dictionaries can share out
@@ -49,7 +49,7 @@ def test_arms_differ_from_the_main_one_in_one_thing(made: Reproduction):
 
 
 def test_its_numbers_are_those_of_the_commands(made: Reproduction, lm: LanguageModel):
-    for arm in made.arms:
+    for arm in made.arms[:-1]:
         run = Path(made.directory) / arm.name
         sae = MLSAE.from_pretrained(run)
         alone = evaluate(sae, lm, sae.config.data, tokens=512, splice_tokens=128, progress=False)
@@ -57,6 +57,14 @@ def test_its_numbers_are_those_of_the_commands(made: Reproduction, lm: LanguageM
         depth = analyze(sae, lm, sae.config.data, tokens=512, nulls=False, directions=False, examples=0, progress=False)
         assert finite(arm.summary["decomposition"]) == finite(depth.summary()["decomposition"])
         assert json.loads((run / "analysis" / "summary.json").read_text())["n_tokens"] == depth.statistics.n_tokens
+
+
+def test_the_null_is_of_an_untrained_twin(made: Reproduction, lm: LanguageModel):
+    null = made.arms[-1]
+    config = json.loads((Path(made.directory) / "random-model" / "config.json").read_text())
+    assert config["lm"] == str(Path(made.directory) / "random-lm")
+    assert (null.k, null.expansion_factor) == (made.arms[0].k, made.arms[0].expansion_factor)
+    assert null.evaluation["clean_ce"]["value"] != made.arms[0].evaluation["clean_ce"]["value"]
 
 
 def test_everything_is_drawn_and_written(made: Reproduction):

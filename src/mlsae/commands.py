@@ -134,6 +134,8 @@ class Reproduce(Output, TrainConfig):
     """Also train a tuned lens, and an SAE behind it."""
     rival: bool = True
     """Also train one dictionary for each layer, together as many latents as the main SAE."""
+    random_model: bool = True
+    """Also train the main SAE on the same language model with random weights, to compare with."""
     lens_tokens: Positive | None = None
     """Tokens to train the lens on; None: as many as the SAEs."""
     evaluate_tokens: Positive = 1_000_000
@@ -319,7 +321,7 @@ def run_reproduce(command: Reproduce) -> tuple[Any, str]:
     from mlsae.analyze import PROMPT
     from mlsae.reproduce import Budget, reproduce
 
-    own = ("k", "expansion_factor", "tuned_lens", "rival", "prompt", "resume")
+    own = ("k", "expansion_factor", "tuned_lens", "rival", "random_model", "prompt", "resume")
     read = ("lens_tokens", "evaluate_tokens", "splice_tokens", "analyze_tokens")
     done = reproduce(
         TrainConfig(**command.model_dump(exclude={*own, *read, *Output.model_fields})),
@@ -327,6 +329,7 @@ def run_reproduce(command: Reproduce) -> tuple[Any, str]:
         expansion_factor=command.expansion_factor,
         lens=command.tuned_lens,
         rival=command.rival,
+        random_model=command.random_model,
         budget=Budget(**{name: getattr(command, name) for name in read}),
         prompt=PROMPT if command.prompt is None else command.prompt,
         resume=command.resume,

@@ -14,7 +14,7 @@ from mlsae import devices, files
 from mlsae.analysis.comparison import Point, by_layer, frontier
 from mlsae.analysis.figures import Picture, save
 from mlsae.analysis.report import number, plain, write_report
-from mlsae.analysis.reproduction import Arm, depth_curves, lens_kl, similarity_behind
+from mlsae.analysis.reproduction import KINDS, Arm, depth_curves, lens_kl, similarity_behind
 from mlsae.analyze import PROMPT, Analysis, analyze
 from mlsae.config import LMShape, TrainConfig, latents_in
 from mlsae.data import TokenBlocks
@@ -74,6 +74,7 @@ def reproduce(
     expansion_factor: Sequence[float] = EXPANSION_FACTORS,
     lens: bool = True,
     rival: bool = True,
+    random_model: bool = True,
     budget: Budget | None = None,
     prompt: str = PROMPT,
     resume: bool = False,
@@ -87,6 +88,7 @@ def reproduce(
         expansion_factor: sizes to try at the middle k.
         lens: also train a tuned lens, and an SAE behind it.
         rival: also train one dictionary for each layer, together as many latents as the main arm, as nearly as they divide.
+        random_model: also train the main arm on the same language model with random weights, a null for what the others show.
 
     Raises:
         ConfigError: a list that is empty or repeats itself, and what `train` refuses.
@@ -96,12 +98,13 @@ def reproduce(
     folder = Path(config.out)
     lm = load_lm(config, devices.choose_device(config.device)) if lm is None else lm
     configs = arms_of(config, lm.shape, k, expansion_factor, lens=lens, rival=rival)
-    quality = fitted_lens(folder / "lens", lm, config, budget, progress=progress) if lens else None
-    resume = resume and (folder / MAIN).exists()
-    trained = train_together(configs, resume=resume, progress=progress, lm=lm)
-    tokens: dict[str, Any] = {"tokens": budget.evaluate_tokens, "splice_tokens": budget.splice_tokens}
-    results = judged(folder / "evaluations.json", trained.runs, lm, **tokens, progress=progress)
-    arms = Analyses(folder, lm, budget, prompt, progress=progress).of(results, trained.runs)
+    quality = fitted_lens(folder / LENS_FOLDER, lm, config, budget, progress=progress) if lens else None
+    whole = _Work(folder, lm, budget, prompt, resume=resume, progress=progress)
+    arms = whole.of(configs)
+    if random_model:
+        twin = untrained(folder / "random-lm", lm, config)
+        own = {RANDOM: configs[MAIN].replaced(lm=twin.name, out=str(folder / RANDOM))}
+        arms += _Work(folder, twin, budget, prompt, resume=resume, progress=progress).of(own)
     done = Reproduction(str(folder), arms, quality, time.monotonic() - started)
     files.write_json(folder / "reproduction.json", done.to_dict())
     files.write_text(folder / "reproduction.txt", done.table() + "\n")
@@ -110,7 +113,8 @@ def reproduce(
     return done
 
 
-MAIN = "main"
+MAIN, LENS, RIVAL, RANDOM = "main", *KINDS
+LENS_FOLDER = "tuned-lens"
 
 
 def arms_of(
@@ -131,11 +135,11 @@ def arms_of(
     own |= {f"k{each}": {"k": each} for each in sorted(k) if each != middle_k}
     own |= {f"x{each:g}": {"expansion_factor": each} for each in sorted(expansion_factor) if each != middle_size}
     if lens:
-        own["lens"] = {"lens": str(Path(config.out) / "lens")}
+        own[LENS] = {"lens": str(Path(config.out) / LENS_FOLDER)}
     if rival:
         groups = shape.n_layers if config.layers is None else len(config.layers)
         each_latents = max(1, round(latents_in(shape.d_model, middle_size) / groups))
-        own["per-layer"] = {"groups": groups, "n_latents": each_latents * groups, "expansion_factor": None}
+        own[RIVAL] = {"groups": groups, "n_latents": each_latents * groups, "expansion_factor": None}
     data_seed = config.seed if config.data_seed is None else config.data_seed
     common = {"k": middle_k, "expansion_factor": middle_size, "n_latents": None, "data_seed": data_seed}
     return {
@@ -157,40 +161,58 @@ def fitted_lens(
     return files.read_json(folder / "quality.json")
 
 
-class Analyses:
-    """Where the latents of every arm live on one held-out text, with what an interrupted call found already."""
+def untrained(folder: Path, lm: LanguageModel, config: TrainConfig) -> LanguageModel:
+    """The same language model with random weights, made once."""
+    if not folder.exists():
+        lm.save_random_twin(folder, seed=config.seed)
+    return load_lm(config.replaced(lm=str(folder)), lm.device)
 
-    def __init__(self, folder: Path, lm: LanguageModel, budget: Budget, prompt: str, *, progress: bool):
-        self.folder, self.lm, self.prompt, self.progress = folder, lm, prompt, progress
-        self.tokens = budget.analyze_tokens
+
+class _Work:
+    """What is done with the arms that read one language model; what an interrupted call has done stands."""
+
+    def __init__(self, folder: Path, lm: LanguageModel, budget: Budget, prompt: str, *, resume: bool, progress: bool):
+        self.folder, self.lm, self.budget, self.prompt = folder, lm, budget, prompt
+        self.resume, self.progress = resume, progress
         self.blocks: TokenBlocks | None = None
-        self.record = folder / "analyses.json"
-        found = files.read_json(self.record) if self.record.is_file() else {}
-        self.known: dict[str, Any] = found.get("arms", {}) if found.get("analyze_tokens") == self.tokens else {}
 
-    def of(self, results: Sequence[Result], runs: Mapping[str, Run]) -> list[Arm]:
-        """Each arm as it was trained, evaluated and analyzed."""
+    def of(self, configs: Mapping[str, TrainConfig]) -> list[Arm]:
+        """Every arm trained, evaluated and analyzed; the first one's name is that of their records."""
+        first = next(iter(configs))
+        resume = self.resume and (self.folder / first).exists()
+        runs = train_together(configs, resume=resume, progress=self.progress, lm=self.lm).runs
+        tokens: dict[str, Any] = {
+            "tokens": self.budget.evaluate_tokens,
+            "splice_tokens": self.budget.splice_tokens,
+        }
+        results = judged(self.folder / first / "evaluations.json", runs, self.lm, **tokens, progress=self.progress)
+        return self._analyzed(self.folder / first / "analyses.json", results, runs)
+
+    def _analyzed(self, record: Path, results: Sequence[Result], runs: Mapping[str, Run]) -> list[Arm]:
+        """Where the latents of every arm live, all on one held-out text."""
+        tokens = {"analyze_tokens": self.budget.analyze_tokens}
+        found = files.read_json(record) if record.is_file() else {}
+        known: dict[str, Any] = found.get("arms", {}) if found.get("analyze_tokens") == tokens["analyze_tokens"] else {}
         arms = []
         for result in results:
-            if self.known.get(result.name, {}).get("weights") != result.weights:
-                found = {"weights": result.weights, **self._found(result, runs[result.name])}
-                self.known[result.name] = found
-                files.write_json(self.record, {"analyze_tokens": self.tokens, "arms": self.known})
-            known = self.known[result.name]
+            if known.get(result.name, {}).get("weights") != result.weights:
+                known[result.name] = {"weights": result.weights, **self._found(result, runs[result.name])}
+                files.write_json(record, {**tokens, "arms": known})
             sizes: dict[str, Any] = {"k": result.config["k"], "expansion_factor": result.expansion_factor}
-            arms.append(Arm(result.name, **sizes, evaluation=result.evaluation, **_depth(known)))
+            depth = {name: known[result.name][name] for name in ("summary", "similarity")}
+            arms.append(Arm(result.name, **sizes, evaluation=result.evaluation, **depth))
         return arms
 
     def _found(self, result: Result, run: Run) -> dict[str, Any]:
         """One arm's numbers; of the main arm and the one behind the lens also nulls, examples and pictures."""
-        sae, whole = run.sae, result.name in (MAIN, "lens")
+        sae, whole = run.sae, result.name in (MAIN, LENS)
         if self.blocks is None:
-            self.blocks = held_out(run, sae, self.lm, tokens=self.tokens, progress=self.progress)
+            self.blocks = held_out(run, sae, self.lm, tokens=self.budget.analyze_tokens, progress=self.progress)
         analysis = analyze(
             sae,
             self.lm,
             self.blocks,
-            tokens=self.tokens,
+            tokens=self.budget.analyze_tokens,
             prompt=self.prompt,
             nulls=whole,
             examples=32 if whole else 0,
@@ -217,10 +239,6 @@ class Analyses:
         )
 
 
-def _depth(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: known[name] for name in ("summary", "similarity")}
-
-
 def compared(done: Reproduction) -> list[Picture]:
     """The figures of several arms."""
     main = done.arms[0]
@@ -231,17 +249,17 @@ def compared(done: Reproduction) -> list[Picture]:
         ("expansion_factor", "expansion factor R (latents / d_model)"),
     ):
         these = [arm for arm in done.arms if arm.differs_in(main) in (None, x)]
-        others = [arm for arm in done.arms if arm.name in ("lens", "per-layer")]
+        others = [arm for arm in done.arms if arm.name in (LENS, RIVAL)]
         if len(these) > 1:
             points = [Point("MLSAE", getattr(arm, x), arm.evaluation) for arm in these]
             points += [Point(arm.name, getattr(arm, x), arm.evaluation) for arm in others if x == "k"]
             words = f"quality_{x}", f"Quality against {'k' if x == 'k' else 'size'}"
             found.append(frontier(points, name=words[0], title=words[1], x_label=label, about=about))
             found.append(depth_curves(these, x, label))
-    variants = [arm for arm in done.arms if arm.name in (MAIN, "lens", "per-layer")]
+    variants = [arm for arm in done.arms if arm.name in (MAIN, *KINDS)]
     found.append(by_layer([Point(arm.name, main.k, arm.evaluation) for arm in variants], x_label="k ="))
     if done.lens is not None:
-        found += [lens_kl(done.lens), similarity_behind([arm for arm in variants if arm.name != "per-layer"])]
+        found += [lens_kl(done.lens), similarity_behind([arm for arm in variants if arm.name in (MAIN, LENS)])]
     return found
 
 

@@ -10,6 +10,9 @@ from mlsae.analysis.comparison import LINES, MARKS, interval, whole_numbers
 from mlsae.analysis.drawing import GREY, layer_axis, new_figure, styled
 from mlsae.analysis.figures import Picture
 
+KINDS = ("lens", "per-layer", "random-model")
+"""Arms that are made otherwise than the main one: behind a tuned lens, of one dictionary a layer, on an untrained model."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -29,7 +32,7 @@ class Arm:
 
     def differs_in(self, main: "Arm") -> str | None:
         """`k` or `expansion_factor` if that alone differs from the main arm's, `kind` if it is made otherwise, else None."""
-        if self.name in ("lens", "per-layer"):
+        if self.name in KINDS:
             return "kind"
         return next((x for x in ("k", "expansion_factor") if getattr(self, x) != getattr(main, x)), None)
 
