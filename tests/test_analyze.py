@@ -261,3 +261,21 @@ def test_no_token_left_is_said(lm: LanguageModel, blocks: TokenBlocks):
     separators = np.full((2, CONTEXT), lm.tokenizer.separator_id, dtype=np.uint16)
     with pytest.raises(DataError, match="no token is left after masking"):
         analyze(make_sae(), lm, TokenBlocks(separators, blocks.document_starts[:0], blocks.info), **SETTINGS)
+
+
+def test_the_context_of_a_latent_is_where_it_was_most_active(lm: LanguageModel, blocks: TokenBlocks, found: Analysis):
+    tokens = blocks.read(0, len(blocks))
+    keep = lm.keep_mask(tokens)
+    with torch.no_grad():
+        dense = make_sae().encode(lm.resid(tokens, layers=LAYERS)).to_dense() * keep[..., None]
+    latent = int(found.statistics.n_events.argmax())
+    layer, row, position = np.unravel_index(int(dense[..., latent].argmax()), dense.shape[:-1])
+    got = found.context(latent)
+    strings = lm.tokenizer.strings(tokens[row].tolist())
+    assert got[0] == LAYERS[layer]
+    assert got[2] == strings[position]
+    assert "".join(strings[: position + 1]).endswith(got[1] + got[2])
+    assert "".join(strings[position:]).startswith(got[2] + got[3])
+    unused = (found.statistics.n_events == 0).nonzero().flatten().tolist()
+    assert all(found.context(j) is None for j in unused)
+    assert dataclasses.replace(found, examples=None).context(latent) is None

@@ -28,6 +28,7 @@ from mlsae.intervals import MIN_SHARDS, N_SHARDS, shard_of
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.sae import MLSAE
+from mlsae.tokens import Tokenizer
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 """The published prompt (Lawson et al. 2024, figures of single prompts)."""
@@ -88,6 +89,8 @@ class Analysis:
     """Vectors left out for their norm, per layer."""
     seconds: float
     """Wall time."""
+    tokenizer: Tokenizer | None = None
+    """Turns the tokens of examples into words."""
 
     @cached_property
     def _depth(self) -> dict[str, Any]:
@@ -131,6 +134,18 @@ class Analysis:
         else:
             self.examples.save(directory / "examples.parquet", self.blocks, self.layers, progress=progress)
         files.write_json(directory / "summary.json", self.summary())
+
+    def context(self, latent: int) -> tuple[int, str, str, str] | None:
+        """Where a latent was most active: the layer, and the words before, there and after; None if that was not kept."""
+        if self.examples is None or self.tokenizer is None:
+            return None
+        found = self.examples.strongest(latent, self.blocks)
+        if found is None:
+            return None
+        row, tokens, centre = found
+        words = self.tokenizer.strings(tokens)
+        between = "" if any(" " in word for word in words) else " "  # some tokenizers keep no spaces in single tokens
+        return self.layers[row], between.join(words[:centre]), words[centre], between.join(words[centre + 1 :])
 
 
 def analyze(
@@ -204,6 +219,7 @@ def analyze(
         prompt=activity,
         masked_by_norm=over_norm.tolist(),
         seconds=time.monotonic() - started,
+        tokenizer=lm.tokenizer,
     )
 
 

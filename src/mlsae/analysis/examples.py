@@ -133,6 +133,15 @@ class Examples:
             for part in bar(parts, total=settings.n_latents, desc="examples", progress=progress, unit="latents"):
                 file.write(self._rows(part, n_quantiles), text)
 
+    def strongest(self, latent: int, blocks: TokenBlocks) -> tuple[int, list[int], int] | None:
+        """The row of the layer, the tokens of the context and which of them it is on; None for one never active."""
+        rows = self._rows(slice(latent, latent + 1), 1)
+        if not len(rows.value):
+            return None
+        best = slice(rows.value.argmax(), rows.value.argmax() + 1)
+        tokens, inside, _ = Text(blocks, [rows.place[best]]).around(rows.place[best], self.settings.window)
+        return int(rows.layer[best][0]), tokens[inside].tolist(), int(inside[0, : self.settings.window].sum())
+
     @classmethod
     def load(cls, path: str | Path) -> "Examples":
         """What `save` wrote, to be merged; activations beyond a document's end were not written and are 0."""

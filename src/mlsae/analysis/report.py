@@ -239,12 +239,17 @@ def sample(analysis: Analysis) -> list[list[str]]:
             chosen, *(found[name].to_dict() for name in ("centre_of_mass", "effective_layers", "rate")), strict=True
         )
     ]
-    if words is None:
-        return [head, *rows]
-    tokens = [
-        " ".join(f"“{words.strings[token]}”" for token in words.logits.promoted[j, :N_TOKENS].tolist()) for j in chosen
-    ]
-    return [[*head, "promotes"], *([*row, promoted] for row, promoted in zip(rows, tokens, strict=True))]
+    contexts = [analysis.context(j) for j in chosen]
+    if any(contexts):
+        head.append("most active, at layer")
+        for row, context in zip(rows, contexts, strict=True):
+            row.append("–" if context is None else "{}: {}⟦{}⟧{}".format(*context))
+    if words is not None:
+        head.append("promotes")
+        for row, j in zip(rows, chosen, strict=True):
+            promoted = words.logits.promoted[j, :N_TOKENS].tolist()
+            row.append(" ".join(f"“{words.strings[token]}”" for token in promoted))
+    return [head, *rows]
 
 
 def commands(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:
