@@ -117,6 +117,8 @@ class SweepGrid(Output, TrainConfig):
     """Seed of the initial weights, one or several; the order of the data is that of data_seed, or the first; None: 42."""
     evaluate_tokens: Positive = 1_000_000
     """Tokens of held-out text to evaluate each SAE on."""
+    splice_tokens: Positive | None = None
+    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
     resume: bool = False
     """Go on with the sweep in that folder, each arm from its newest checkpoint."""
 
@@ -303,13 +305,14 @@ def run_sweep(command: SweepGrid) -> tuple[Any, str]:
     from mlsae.sweep import sweep
 
     swept: dict[str, Any] = {"k": command.k, "expansion_factor": command.expansion_factor, "seed": command.seed}
-    values = command.model_dump(exclude={"evaluate_tokens", "resume", *swept, *Output.model_fields})
+    values = command.model_dump(exclude={"evaluate_tokens", "splice_tokens", "resume", *swept, *Output.model_fields})
     if command.seed:
         values["seed"] = command.seed[0]
     done = sweep(
         TrainConfig(**values),
         **swept,
         evaluate_tokens=command.evaluate_tokens,
+        splice_tokens=command.splice_tokens,
         resume=command.resume,
         progress=not command.quiet,
     )

@@ -51,6 +51,8 @@ class CompareConfig(Config):
     """Active latents of each residual vector: every arm is trained with each of these."""
     evaluate_tokens: Positive = EVALUATE_TOKENS
     """Tokens of held-out text to evaluate each SAE on."""
+    splice_tokens: Positive | None = None
+    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
     off_layer_tokens: Annotated[int, Field(ge=0)] = 100_000
     """Tokens of held-out text for the matrix of dictionaries away from their layers; 0: none."""
     off_layer_splice_tokens: Annotated[int, Field(ge=0)] = 0
@@ -155,11 +157,13 @@ def compare(
     trained = train_together(
         {name: each.config for name, each in planned.items()}, resume=resume, progress=progress, lm=lm
     )
-    results = judged(record, trained.runs, trained.lm, tokens=config.evaluate_tokens, progress=progress)
+    tokens: dict[str, Any] = {"tokens": config.evaluate_tokens, "splice_tokens": config.splice_tokens}
+    results = judged(record, trained.runs, trained.lm, **tokens, progress=progress)
     rows = _rows(planned, results)
     matrices = _matrices(config, planned, trained, progress=progress) if config.off_layer_tokens else {}
     done = Comparison(str(folder), rows, matrices, time.monotonic() - started)
-    summary = {"evaluate_tokens": config.evaluate_tokens, "arms": [result.to_dict() for result in results]}
+    read = {"evaluate_tokens": config.evaluate_tokens, "splice_tokens": config.splice_tokens}
+    summary = {**read, "arms": [result.to_dict() for result in results]}
     files.write_json(record, {**summary, **done.to_dict()})
     files.write_text(folder / "comparison.txt", done.table() + "\n")
     for picture in _pictures(done):

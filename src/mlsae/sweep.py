@@ -71,6 +71,8 @@ class Sweep:
     arms: list[Result]
     evaluate_tokens: int
     """Tokens of held-out text each arm was evaluated on, at most."""
+    splice_tokens: int | None
+    """Of these, how many also measured cross-entropy and KL; None: all."""
     seconds: float
     """Wall time."""
 
@@ -94,6 +96,7 @@ def sweep(
     expansion_factor: Sequence[float] | None = None,
     seed: Sequence[int] | None = None,
     evaluate_tokens: int = EVALUATE_TOKENS,
+    splice_tokens: int | None = None,
     resume: bool = False,
     progress: bool = True,
     lm: LanguageModel | None = None,
@@ -110,8 +113,9 @@ def sweep(
     started = time.monotonic()
     folder = Path(config.out)
     trained = train_together(grid(config, k, expansion_factor, seed), resume=resume, progress=progress, lm=lm)
-    arms = judged(folder / "sweep.json", trained.runs, trained.lm, tokens=evaluate_tokens, progress=progress)
-    done = Sweep(str(folder), arms, evaluate_tokens, time.monotonic() - started)
+    tokens: dict[str, Any] = {"tokens": evaluate_tokens, "splice_tokens": splice_tokens}
+    arms = judged(folder / "sweep.json", trained.runs, trained.lm, **tokens, progress=progress)
+    done = Sweep(str(folder), arms, evaluate_tokens, splice_tokens, time.monotonic() - started)
     files.write_json(folder / "sweep.json", done.to_dict())
     files.write_text(folder / "sweep.txt", done.table() + "\n")
     save(_picture(arms), folder / "figures")
