@@ -37,7 +37,7 @@ class Budget:
     evaluate_tokens: int = EVALUATE_TOKENS
     """Held-out text for the quality of each SAE."""
     splice_tokens: int | None = None
-    """Of these, how many also measure cross-entropy, the costly part; None: all."""
+    """Of these, how many also measure cross-entropy, and the lens, the costly part; None: all."""
     analyze_tokens: int = 10_000_000
     """Held-out text for where the latents of each SAE live."""
 
@@ -157,7 +157,9 @@ def fitted_lens(
         tokens = config.tokens if budget.lens_tokens is None else budget.lens_tokens
         lens = train_lens(lm, config.data, tokens=tokens, split=config.split, seed=config.seed, **reading)
         lens.save(folder)
-        files.write_json(folder / "quality.json", evaluate_lens(lens, lm, config.data, **reading).to_dict())
+        costly = budget.evaluate_tokens if budget.splice_tokens is None else budget.splice_tokens
+        quality = evaluate_lens(lens, lm, config.data, tokens=min(20_000, costly), **reading)
+        files.write_json(folder / "quality.json", quality.to_dict())
     return files.read_json(folder / "quality.json")
 
 
