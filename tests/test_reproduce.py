@@ -15,6 +15,7 @@ from mlsae.intervals import with_interval
 from mlsae.lm import LanguageModel
 from mlsae.reproduce import Budget, Reproduction, arms_of, reproduce
 from mlsae.sae import MLSAE
+from mlsae.train import Loop
 
 SETTINGS = {"k": (2, 4), "expansion_factor": (2.0, 4.0), "budget": Budget(512, 512, 128, 512), "progress": False}
 
@@ -98,3 +99,28 @@ def test_a_list_is_named_once_and_not_empty(lm, lm_folder: Path, corpus: Path, t
     lists = {"k": [4], "expansion_factor": [4.0]} | {field: values}
     with pytest.raises(ConfigError, match=f"^{field}: "):
         arms_of(config_of(lm_folder, corpus, tmp_path), lm.shape, **lists, lens=False, rival=False)
+
+
+def test_sizes_are_given_as_factors(lm, lm_folder: Path, corpus: Path, tmp_path: Path):
+    config = config_of(lm_folder, corpus, tmp_path).replaced(n_latents=64)
+    with pytest.raises(ConfigError, match=r"^n_latents: 64 given"):
+        arms_of(config, lm.shape, [4], [4.0], lens=False, rival=False)
+
+
+def test_killed_before_its_first_checkpoint_it_begins_anew(made, lm, lm_folder, corpus, tmp_path, monkeypatch):
+    """A run directory without a checkpoint is nothing to go on with."""
+    config = config_of(lm_folder, corpus, tmp_path)
+    small = {"k": (4,), "expansion_factor": (4.0,), "lens": False, "rival": False, "random_model": False}
+    module = importlib.import_module("mlsae.reproduce")
+
+    def killed(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "going", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(config, lm=lm, budget=Budget(512, 512, 128, 512), progress=False, **small)
+    assert not list(tmp_path.glob("main/step-*"))
+    monkeypatch.setattr(module, "write_report", lambda *arguments, **what: None)
+    again = reproduce(config, lm=lm, resume=True, budget=Budget(512, 512, 128, 512), progress=False, **small)
+    assert [arm.name for arm in again.arms] == ["main"]

@@ -225,7 +225,9 @@ def analyze(
 
 def shards_that_fit(n_layers: int, n_latents: int) -> int:
     """Shards of documents to keep apart: N_SHARDS, or as many as MAX_STATISTICS_BYTES allows, or one."""
-    n_bytes = sum(part.element_size() * part.numel() for part in LayerStatistics(n_layers, n_latents).by_shard.values())
+    with torch.device("meta"):
+        one = LayerStatistics(n_layers, n_latents)
+    n_bytes = sum(part.element_size() * part.numel() for part in one.by_shard.values())
     n_shards = min(N_SHARDS, MAX_STATISTICS_BYTES // n_bytes)
     if n_shards < MIN_SHARDS:
         log.warning("%d layers x %d latents are too many for intervals of the depth statistics", n_layers, n_latents)

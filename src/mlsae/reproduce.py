@@ -22,7 +22,8 @@ from mlsae.errors import ConfigError
 from mlsae.lens import evaluate_lens, train_lens
 from mlsae.lm import LanguageModel
 from mlsae.lockstep import train_together
-from mlsae.sweep import EVALUATE_TOKENS, Result, aligned, held_out, judged
+from mlsae.sweep import EVALUATE_TOKENS, MAX_RECORD_BYTES, Result, aligned, held_out, judged
+from mlsae.text import TextSource
 from mlsae.train import Run, load_lm
 
 K, EXPANSION_FACTORS = (16, 32, 64), (4.0, 16.0, 64.0)
@@ -91,7 +92,7 @@ def reproduce(
         random_model: also train the main arm on the same language model with random weights, a null for what the others show.
 
     Raises:
-        ConfigError: a list that is empty or repeats itself, and what `train` refuses.
+        ConfigError: a list that is empty or repeats itself, n_latents, and what `train` refuses.
     """
     started = time.monotonic()
     budget = Budget() if budget is None else budget
@@ -127,6 +128,8 @@ def arms_of(
     rival: bool,
 ) -> dict[str, TrainConfig]:
     """The config of every arm by its name, the main one first."""
+    if config.n_latents is not None:
+        raise ConfigError("n_latents", f"{config.n_latents} given; sizes are tried as expansion_factor: give that")
     for field, values in (("k", k), ("expansion_factor", expansion_factor)):
         if not values or len(set(values)) < len(values):
             raise ConfigError(field, f"{list(values)} given; name at least one value, and each once")
@@ -155,10 +158,14 @@ def fitted_lens(
     if not (folder / "quality.json").is_file():
         reading: dict[str, Any] = {"context_length": config.context_length, "progress": progress}
         tokens = config.tokens if budget.lens_tokens is None else budget.lens_tokens
-        lens = train_lens(lm, config.data, tokens=tokens, split=config.split, seed=config.seed, **reading)
+        train, held = (
+            TextSource(config.data, split, config.text_column, config.skip_bad_rows, config.streaming)
+            for split in (config.split, "validation")
+        )
+        lens = train_lens(lm, train, tokens=tokens, seed=config.seed, **reading)
         lens.save(folder)
         costly = budget.evaluate_tokens if budget.splice_tokens is None else budget.splice_tokens
-        quality = evaluate_lens(lens, lm, config.data, tokens=min(20_000, costly), **reading)
+        quality = evaluate_lens(lens, lm, held, tokens=min(20_000, costly), **reading)
         files.write_json(folder / "quality.json", quality.to_dict())
     return files.read_json(folder / "quality.json")
 
@@ -181,7 +188,7 @@ class _Work:
     def of(self, configs: Mapping[str, TrainConfig]) -> list[Arm]:
         """Every arm trained, evaluated and analyzed; the first one's name is that of their records."""
         first = next(iter(configs))
-        resume = self.resume and (self.folder / first).exists()
+        resume = self.resume and any(path for each in configs.values() for path in Path(each.out).glob("step-*"))
         runs = train_together(configs, resume=resume, progress=self.progress, lm=self.lm).runs
         tokens: dict[str, Any] = {
             "tokens": self.budget.evaluate_tokens,
@@ -193,7 +200,7 @@ class _Work:
     def _analyzed(self, record: Path, results: Sequence[Result], runs: Mapping[str, Run]) -> list[Arm]:
         """Where the latents of every arm live, all on one held-out text."""
         tokens = {"analyze_tokens": self.budget.analyze_tokens}
-        found = files.read_json(record) if record.is_file() else {}
+        found = files.read_json(record, max_bytes=MAX_RECORD_BYTES) if record.is_file() else {}
         known: dict[str, Any] = found.get("arms", {}) if found.get("analyze_tokens") == tokens["analyze_tokens"] else {}
         arms = []
         for result in results:

@@ -22,6 +22,8 @@ from mlsae.text import TextSource
 from mlsae.train import Run
 
 EVALUATE_TOKENS = 1_000_000
+MAX_RECORD_BYTES = 256 << 20
+"""Of what was found of all arms: a hundred of thirty layers take some megabytes."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _recorded(record: Path, budget: Mapping[str, int | None]) -> list[dict[str, 
     """The arms that an earlier, interrupted call evaluated on as many tokens."""
     if not record.is_file():
         return []
-    found = files.read_json(record)
+    found = files.read_json(record, max_bytes=MAX_RECORD_BYTES)
     return found["arms"] if all(found.get(name) == n for name, n in budget.items()) else []
 
 

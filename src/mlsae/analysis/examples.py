@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float16, Float32, Int, Int64
 from torch import Tensor
 
+from mlsae import devices
 from mlsae.analysis.example_file import (
     KINDS,
     N_PLACES,
@@ -28,9 +29,9 @@ from mlsae.analysis.example_file import (
     read_rows,
     to_half,
 )
-from mlsae.analysis.layers import SparseCode
+from mlsae.analysis.layers import SparseCode, checked
 from mlsae.data import TokenBlocks
-from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, ResourceError
+from mlsae.errors import ConfigError, DataError, ModelError, ResourceError
 from mlsae.reporting import bar
 
 POSITIONS_AT_ONCE = 4096
@@ -63,11 +64,11 @@ class Examples:
         seed: int = 0,
     ):
         self.settings = Settings(n_layers, n_latents, context_length, n_top, n_sampled, window, seed)
-        try:
-            self._sets = [_Largest(n_layers * n_latents, n, 2 * window + 1) for n in (n_top, n_sampled)]
-        except (MemoryError, ValueError) as error:  # the latter where not even an address would be left
-            needed = self.settings.n_bytes / 1e9
-            raise ResourceError("examples", f"{needed:.1f} GB of memory; lower n_top, n_sampled or window") from error
+        needed, free = self.settings.n_bytes, devices.free_memory(torch.device("cpu"))
+        if needed > free:
+            sizes = f"{needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB free"
+            raise ResourceError("examples", f"{sizes}; lower n_top, n_sampled or window")
+        self._sets = [_Largest(n_layers * n_latents, n, 2 * window + 1) for n in (n_top, n_sampled)]
 
     def update(
         self,
@@ -160,10 +161,8 @@ class Examples:
         self, code: SparseCode, visible: Tensor, blocks: np.ndarray
     ) -> tuple[Float32[np.ndarray, "layer token k"], Int64[np.ndarray, "layer token k"]]:
         """Values and ids in numpy, refused where they would be kept wrongly and silently."""
-        values, indices = code.values.detach().float().cpu(), code.indices.cpu()
-        n_layers, n_latents, n_tokens = self.settings.n_layers, self.settings.n_latents, int(visible.sum())
-        if values.ndim != 3 or len(values) != n_layers:
-            raise ModelError("code", f"has shape {list(values.shape)}; give [layer, token, k] with n_layers={n_layers}")
+        values, indices = checked(code, self.settings.n_layers, self.settings.n_latents)
+        n_tokens = int(visible.sum())
         if values.shape[1] != n_tokens:
             raise DataError("visible", f"marks {n_tokens} tokens; the code holds {values.shape[1]}")
         if len(blocks) != len(visible):
@@ -172,11 +171,7 @@ class Examples:
             raise DataError(
                 "blocks", f"{blocks.min()} to {blocks.max()}; examples are kept of {N_PLACES} tokens at most"
             )
-        if ((indices < 0) | (indices >= n_latents)).any():
-            raise ModelError("code", f"names latents outside [0, {n_latents}); check which SAE it is from")
-        if not values.isfinite().all():
-            raise NumericsError("code", "values hold NaN or infinity; check the SAE's weights and the residual stream")
-        return values.numpy(), indices.to(torch.int64).numpy()
+        return values.float().numpy(), indices.to(torch.int64).numpy()
 
     def _add(
         self,

@@ -2,7 +2,7 @@
 
 An *event* is one latent active on one token, at one layer or several. `LayerStatistics` adds up events and nothing
 larger, apart for each shard of documents, and everything reported is derived from its sums.
-Counts are int64, sums float64, on the CPU, so the same codes give the same bits wherever the code was computed.
+Counts are int64, sums float64, on the CPU: on one machine the same codes give the same bits, wherever they were computed.
 """
 
 import math
@@ -26,8 +26,6 @@ from mlsae.ops import cpu
 
 WEIGHTS = ("mass", "event", "count")
 """What an active (layer, token, latent) weighs: z; z / sum_l z, so that every event counts once; or 1."""
-
-
 SHAPES = ("active_layers", "longest_run", "runs", "first_layer", "last_layer")
 """Histograms of events (of runs: every one) over numbers of layers, and over layers."""
 SUMS_OF = {"mass": "totals", "event": "shares", "count": "counts"}
@@ -57,6 +55,22 @@ class PlainCode:
 
     values: Float[Tensor, "layer token k"]
     indices: Int[Tensor, "layer token k"]
+
+
+def checked(
+    code: SparseCode, n_layers: int, n_latents: int
+) -> tuple[Float[Tensor, "layer token k"], Int[Tensor, "layer token k"]]:
+    """Values and ids on the CPU, refused where they would be counted wrongly and silently."""
+    values, indices = code.values.detach().cpu(), code.indices.cpu()
+    if values.ndim != 3:
+        raise DataError("code", f"has shape {list(values.shape)}; give [layer, token, k], batch and pos flattened")
+    if len(values) != n_layers:
+        raise ModelError("code", f"has {len(values)} layers; these statistics have n_layers={n_layers}")
+    if ((indices < 0) | (indices >= n_latents)).any():
+        raise ModelError("code", f"names latents outside [0, {n_latents}); check which SAE it is from")
+    if not values.isfinite().all():
+        raise NumericsError("code", "values hold NaN or infinity; check the SAE's weights and the residual stream")
+    return values, indices
 
 
 class LayerStatistics:
@@ -106,7 +120,7 @@ class LayerStatistics:
             shard: the shard of documents that each token belongs to; None: the first.
             impl: `reference` is NumPy; otherwise C++, where it was built.
         """
-        values, indices = self._checked(code)
+        values, indices = checked(code, self.n_layers, self.n_latents)
         n_tokens = values.shape[1]
         sequence = torch.zeros(n_tokens, dtype=torch.int64) if sequence is None else sequence.cpu()
         if len(sequence) != n_tokens:
@@ -230,19 +244,6 @@ class LayerStatistics:
         statistics.n_layers, statistics.n_latents = self.n_layers, self.n_latents
         statistics.by_shard = {name: total[None] for name, total in sums.items()}
         return statistics
-
-    def _checked(self, code: SparseCode) -> tuple[Float[Tensor, "layer token k"], Int[Tensor, "layer token k"]]:
-        """Values and ids on the CPU, refused where they would be counted wrongly and silently."""
-        values, indices = code.values.detach().cpu(), code.indices.cpu()
-        if values.ndim != 3:
-            raise DataError("code", f"has shape {list(values.shape)}; give [layer, token, k], batch and pos flattened")
-        if len(values) != self.n_layers:
-            raise ModelError("code", f"has {len(values)} layers; these statistics have n_layers={self.n_layers}")
-        if ((indices < 0) | (indices >= self.n_latents)).any():
-            raise ModelError("code", f"names latents outside [0, {self.n_latents}); check which SAE it is from")
-        if not values.isfinite().all():
-            raise NumericsError("code", "values hold NaN or infinity; check the SAE's weights and the residual stream")
-        return values, indices
 
     def _add_reference(
         self,

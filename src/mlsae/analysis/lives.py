@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from mlsae.analysis.drawing import (
@@ -57,37 +58,9 @@ def lives(analysis: Analysis) -> Picture | None:
     layer_axis(matrix.yaxis, layers, "first layer", at_most=8)
     matrix.set_title("Births and deaths of latents")
 
-    x = range(len(layers) - 1)
-    for null, found in by_chance.items():
-        goes_on.plot(x, found["persistence"], color=GREY, label=NULL_NAMES[null], linestyle=_NULL_LINES[null])
-    interval_line(goes_on, x, persistence, BLUE)
-    layer_axis(goes_on.xaxis, layers[:-1], at_most=8)
-    goes_on.set(title="P(active at the next layer | active here)")
-    goes_on.set_ylim(0, 1.3 * goes_on.get_ylim()[1] if by_chance else None)
-    percent_axis(goes_on.yaxis)
-
-    length = range(1, len(layers) + 1)
-    for null, found in by_chance.items():
-        runs.plot(length, _positive(found["runs"]), color=GREY, label=NULL_NAMES[null], linestyle=_NULL_LINES[null])
-    interval_line(runs, length, _positive(shares["runs"]), ORANGE)
-    runs.set_yscale("log")
-    plain_log(runs.yaxis)
-    percent_axis(runs.yaxis)
-    count_axis(runs.xaxis, len(layers), "length of a run (layers)")
-    runs.set(title="Layers in a row", ylabel="share of runs")
-
-    for name, colour, label in (("first_layer", BLUE, "first"), ("last_layer", VERMILION, "last")):
-        if "independent" in by_chance:
-            dashes = "-" if name == "first_layer" else ":"
-            events.plot(range(len(layers)), by_chance["independent"][name], color=GREY, linestyle=dashes, linewidth=1.2)
-        interval_line(events, range(len(layers)), shares[name], colour, label=label)
-    layer_axis(events.xaxis, layers, at_most=8)
-    percent_axis(events.yaxis)
-    events.set_ylim(0, 1.25 * events.get_ylim()[1])
-    events.set(title="First and last layers of events", ylabel="share of events")
-    events.legend(loc="upper center", ncols=2, fontsize=8)
-    for axes in (goes_on, runs) if by_chance else ():
-        axes.legend(loc="upper right", fontsize=8)
+    _draw_persistence(goes_on, layers, persistence, by_chance)
+    _draw_runs(runs, shares["runs"], by_chance)
+    _draw_ends_of_events(events, layers, shares, by_chance)
 
     caption = (
         "Top left: latents by the first and the last layer that holds at least 1 % of their activations. Top right: of a "
@@ -113,6 +86,49 @@ def lives(analysis: Analysis) -> Picture | None:
         "chance": by_chance,
     }
     return Picture("lives", "Where latents begin, go on and end", caption, figure, data, here)
+
+
+def _draw_persistence(axes: Axes, layers: Sequence[int], persistence: list[Any], by_chance: Mapping[str, Any]) -> None:
+    x = range(len(layers) - 1)
+    for null, found in by_chance.items():
+        axes.plot(x, found["persistence"], color=GREY, label=NULL_NAMES[null], linestyle=_NULL_LINES[null])
+    interval_line(axes, x, persistence, BLUE)
+    layer_axis(axes.xaxis, layers[:-1], at_most=8)
+    axes.set(title="P(active at the next layer | active here)")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1] if by_chance else None)
+    percent_axis(axes.yaxis)
+    if by_chance:
+        axes.legend(loc="upper right", fontsize=8)
+
+
+def _draw_runs(axes: Axes, shares: list[Any], by_chance: Mapping[str, Any]) -> None:
+    length = range(1, len(shares) + 1)
+    for null, found in by_chance.items():
+        axes.plot(length, _positive(found["runs"]), color=GREY, label=NULL_NAMES[null], linestyle=_NULL_LINES[null])
+    interval_line(axes, length, _positive(shares), ORANGE)
+    axes.set_yscale("log")
+    plain_log(axes.yaxis)
+    percent_axis(axes.yaxis)
+    count_axis(axes.xaxis, len(shares), "length of a run (layers)")
+    axes.set(title="Layers in a row", ylabel="share of runs")
+    if by_chance:
+        axes.legend(loc="upper right", fontsize=8)
+
+
+def _draw_ends_of_events(
+    axes: Axes, layers: Sequence[int], shares: Mapping[str, Any], by_chance: Mapping[str, Any]
+) -> None:
+    x = range(len(layers))
+    for name, colour, label in (("first_layer", BLUE, "first"), ("last_layer", VERMILION, "last")):
+        if "independent" in by_chance:
+            dashes = "-" if name == "first_layer" else ":"
+            axes.plot(x, by_chance["independent"][name], color=GREY, linestyle=dashes, linewidth=1.2)
+        interval_line(axes, x, shares[name], colour, label=label)
+    layer_axis(axes.xaxis, layers, at_most=8)
+    percent_axis(axes.yaxis)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    axes.set(title="First and last layers of events", ylabel="share of events")
+    axes.legend(loc="upper center", ncols=2, fontsize=8)
 
 
 def births_and_deaths(statistics: LayerStatistics) -> Float[Tensor, "birth death"]:
