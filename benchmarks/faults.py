@@ -438,10 +438,10 @@ FAULTS = [
     ),
     Fault(
         "a key twice in JSON is its last",
-        "files.py",
+        "untrusted.py",
         "object_pairs_hook=_unique_keys, ",
         "",
-        "test_files.py::test_bad_json_is_refused_with_its_place",
+        "test_untrusted.py::test_bad_json_is_refused_with_its_place",
     ),
     Fault(
         "a private config key passes",

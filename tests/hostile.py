@@ -562,7 +562,7 @@ def _pack(data: str, cache: str) -> str:
 def _resume(run: str) -> str:
     """Train on from a checkpoint, in a folder like the good run."""
     from mlsae import TrainConfig, train
-    from mlsae.files import read_json
+    from mlsae.untrusted import read_json
 
     config = TrainConfig(**read_json(Path("good/run/config.json")))
     train(config.replaced(out=run), resume=True, progress=False)
@@ -582,7 +582,7 @@ def _read_config(path: str) -> Any:
 
 
 def _read_metrics(path: str) -> Any:
-    from mlsae.files import read_jsonl
+    from mlsae.untrusted import read_jsonl
 
     return read_jsonl(Path(path))
 

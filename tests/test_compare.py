@@ -14,9 +14,9 @@ from mlsae.compare import CompareConfig, compare, flops_per_token, parameters, p
 from mlsae.config import LMShape, MLSAEConfig
 from mlsae.errors import ConfigError
 from mlsae.evaluate import evaluate
-from mlsae.files import read_json
 from mlsae.offlayer import dictionary, off_layer_matrix
 from mlsae.sae import MLSAE
+from mlsae.untrusted import read_json
 
 SHAPE = LMShape(name="tiny", n_layers=6, d_model=8, context_length=64)
 COMMON = {"lm": "lm", "data": "text", "out": "out", "tokens": 64_000, "n_latents": 96, "k": [2, 4, 8]}

@@ -10,20 +10,10 @@ import typing
 
 import pytest
 
-from mlsae.config import (
-    RECIPES,
-    Config,
-    LMShape,
-    MLSAEConfig,
-    TrainConfig,
-    TrainerConfig,
-    check_layers,
-    latents_in,
-    load_config,
-    resolve,
-    sae_config,
-)
+from mlsae.config import Config, LMShape, MLSAEConfig, TrainConfig, TrainerConfig, check_layers, latents_in, load_config
 from mlsae.errors import ConfigError
+from mlsae.recipes import RECIPES
+from mlsae.resolving import resolve, sae_config
 
 PYTHIA = LMShape(name="pythia-70m", n_layers=6, d_model=512, context_length=2048)
 TINY = LMShape(name="tiny", n_layers=3, d_model=32, context_length=64)

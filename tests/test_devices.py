@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mlsae import devices, files
-from mlsae.config import LMShape, TrainConfig, resolve
+from mlsae.config import LMShape, TrainConfig
 from mlsae.errors import ConfigError, ResourceError
+from mlsae.resolving import resolve
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -6,9 +6,10 @@ import torch
 
 import oracle
 from mlsae import initial
-from mlsae.config import RECIPES, MLSAEConfig
+from mlsae.config import MLSAEConfig
 from mlsae.errors import DataError
 from mlsae.initial import geometric_median, initialise
+from mlsae.recipes import RECIPES
 from mlsae.sae import MLSAE
 
 torch.set_num_threads(1)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import oracle
-from mlsae.config import RECIPES, MLSAEConfig
+from mlsae.config import MLSAEConfig
 from mlsae.losses import AUX, RECONSTRUCTION, all_scalars, aux_framed, aux_residual, per_dimension
+from mlsae.recipes import RECIPES
 from mlsae.sae import MLSAE
 
 torch.set_num_threads(1)

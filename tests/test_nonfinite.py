@@ -14,9 +14,9 @@ from mlsae import losses
 from mlsae.cli import main
 from mlsae.config import MLSAEConfig, TrainerConfig
 from mlsae.errors import NumericsError
-from mlsae.files import tensors_metadata
 from mlsae.sae import MLSAE, nonfinite
 from mlsae.trainer import Trainer
+from mlsae.untrusted import tensors_metadata
 
 module = importlib.import_module("mlsae.train")  # the name itself is the function
 

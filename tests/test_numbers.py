@@ -26,13 +26,14 @@ from mlsae.analyze import prompt_activity
 from mlsae.config import MLSAEConfig, TrainConfig
 from mlsae.data import TokenBlocks, pack
 from mlsae.errors import DataError, MlsaeError, ModelError
-from mlsae.files import read_json, read_jsonl, write_json
+from mlsae.files import write_json
 from mlsae.lm import LanguageModel
 from mlsae.ops import cpu
 from mlsae.reading import read
 from mlsae.sae import MLSAE
 from mlsae.text import TextSource
 from mlsae.trainer import Trainer
+from mlsae.untrusted import read_json, read_jsonl
 from tiny import tiny_hf_model, tiny_lm
 
 evaluating = importlib.import_module("mlsae.evaluate")

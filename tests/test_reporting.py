@@ -8,9 +8,10 @@ import types
 import pytest
 import torch
 
-from mlsae.files import JsonLines, read_jsonl
+from mlsae.files import JsonLines
 from mlsae.reporting import Logger, Reporter, bar, open_logger
 from mlsae.trainer import StepReport
+from mlsae.untrusted import read_jsonl
 
 torch.set_num_threads(1)
 

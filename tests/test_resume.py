@@ -115,7 +115,7 @@ if __name__ == "__main__":
 
 import pytest  # noqa: E402
 
-from mlsae.files import read_json, read_jsonl  # noqa: E402
+from mlsae.untrusted import read_json, read_jsonl  # noqa: E402
 
 CONTEXT, KEEP = 16, 2
 KILLED, STOPPED = -signal.SIGKILL, 75

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, MlsaeError, ModelError
-from mlsae.files import tensors_metadata
 from mlsae.reading import Reading
 from mlsae.sae import CONFIG_FILE, MLSAE, WEIGHTS_FILE
+from mlsae.untrusted import tensors_metadata
 
 torch.set_num_threads(1)
 FRAMES = ("layer", "vector", "none")

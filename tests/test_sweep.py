@@ -14,11 +14,12 @@ from mlsae.cli import main
 from mlsae.config import TrainConfig
 from mlsae.errors import ConfigError, Interrupted, NumericsError, ResourceError
 from mlsae.evaluate import evaluate
-from mlsae.files import finite, read_json, read_jsonl
+from mlsae.files import finite
 from mlsae.lm import LanguageModel
 from mlsae.lockstep import train_together
 from mlsae.sweep import grid
 from mlsae.train import train
+from mlsae.untrusted import read_json, read_jsonl
 from tiny import save_tiny_lm
 
 training = importlib.import_module("mlsae.train")  # the package's own `train` is the function

@@ -17,12 +17,12 @@ from mlsae import stream
 from mlsae.config import TrainConfig
 from mlsae.data import pack
 from mlsae.errors import ConfigError, DataError, Interrupted, MlsaeError, ModelError, NumericsError
-from mlsae.files import read_json, read_jsonl
 from mlsae.lm import LanguageModel
 from mlsae.stopping import StopFlag
 from mlsae.text import TextSource
 from mlsae.tokens import Tokenizer
 from mlsae.train import train
+from mlsae.untrusted import read_json, read_jsonl
 from tiny import save_tiny_lm
 
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mlsae import files
+from mlsae import files, untrusted
 from mlsae.config import Config
 from mlsae.errors import ConfigError, ModelError, NumericsError, ResourceError
 from mlsae.sae import nonfinite
@@ -106,7 +106,7 @@ class RunDirectory:
             self._claimed = True
             files.write_json(stored, self.config)
             return
-        before = files.read_json(stored)
+        before = untrusted.read_json(stored)
         now = files.finite(dict(self.config))
         changed = [key for key in {**before, **now} if key != "out" and before.get(key) != now.get(key)]
         if changed:
@@ -184,7 +184,7 @@ class RunDirectory:
     def _check(self, directory: Path, *, sizes_only: bool = False) -> dict[str, Any]:
         """The manifest, once it and every file it names are as they were written, by a run of this config."""
         path = directory / "manifest.json"
-        manifest = files.read_sealed(path)
+        manifest = untrusted.read_sealed(path)
         version = manifest.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise _NewerFormat(
@@ -245,10 +245,10 @@ def _manifest(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
 def _read(directory: Path, manifest: Mapping[str, Any], like: Checkpoint | None) -> Checkpoint:
     """The checkpoint in a folder that was checked."""
     kinds = (None, None) if like is None else (_kinds(like.sae), _kinds(like.state))
-    sae, state = (files.load_tensors(directory / name, kind) for name, kind in zip(PARTS[:2], kinds, strict=True))
+    sae, state = (untrusted.load_tensors(directory / name, kind) for name, kind in zip(PARTS[:2], kinds, strict=True))
     if (name := nonfinite({**sae, **state})) is not None:
         raise ResourceError(str(directory), f"holds NaN or infinity ({name})")
-    info = files.read_json(directory / "state.json")
+    info = untrusted.read_json(directory / "state.json")
     if not isinstance(info, dict):
         raise ResourceError(str(directory / "state.json"), "holds no mapping of keys")
     return Checkpoint(manifest["step"], sae, state, info)

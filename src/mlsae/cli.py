@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import tyro
 
-from mlsae.commands import COMMANDS, HELP, Output, Train
+from mlsae.commands import COMMANDS, HELP
 from mlsae.config import Config, TrainConfig, load_config
 from mlsae.errors import ConfigError, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
+from mlsae.flags import Output, Train
 from mlsae.stopping import interruptible
 
 # ---- parse, call, print ---------------------------------------------------------------------------------------------

@@ -9,15 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlsae import files
+from mlsae import files, untrusted
 from mlsae.analysis.comparison import Point, by_layer, frontier, off_layer
 from mlsae.analysis.figures import save
 from mlsae.analysis.report import number, plain
-from mlsae.config import Config, LMShape, Positive, TrainConfig, resolve
+from mlsae.config import Config, LMShape, Positive, TrainConfig
 from mlsae.errors import ConfigError, did_you_mean
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.lockstep import Trained, of_arm, train_together
 from mlsae.offlayer import OffLayer, off_layer_matrix
+from mlsae.resolving import resolve
 from mlsae.sweep import EVALUATE_TOKENS, QUALITY, Result, aligned, held_out, judged
 
 Match = Literal["latents", "parameters", "flops", "vectors"]
@@ -66,7 +67,7 @@ class CompareConfig(Config):
 
         Raises ConfigError for a key that neither has.
         """
-        return cls.of({**files.read_yaml(Path(path)), **changes}, str(path))
+        return cls.of({**untrusted.read_yaml(Path(path)), **changes}, str(path))
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "arms") -> "CompareConfig":

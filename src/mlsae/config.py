@@ -1,6 +1,5 @@
 """Every knob, once: a field with its unit in the docstring under it. Flags, help, YAML keys and config.json all derive from here.
 
-Two recipes share one code path: what differs between them is data, in `RECIPES` (docs/method.md says what each rule is).
 This module imports neither torch nor transformers, so a config error costs a fraction of a second.
 """
 
@@ -16,10 +15,8 @@ import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mlsae.errors import ConfigError
+from mlsae.recipes import RECIPES, FrameName, PrecisionName, Recipe, RecipeName
 
-FrameName = Literal["layer", "vector", "none"]
-RecipeName = Literal["standard", "lawson2024"]
-PrecisionName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "reference", "cpu", "triton"]
 
 
@@ -47,93 +44,6 @@ Count = Annotated[
 """A whole number that may be written 1e8."""
 
 Layers = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(strict=False)]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One set of training rules. The letters name the defect a rule removes or, in `lawson2024`, keeps."""
-
-    frame: FrameName
-    special_tokens: Literal["drop", "zero"]
-    """D5: masked vectors are left out, or set to zero and kept."""
-    mask_first_position: bool
-    mask_norm_factor: float | None
-    bias_init: Literal["framed", "raw"]
-    """D4: the geometric median is taken in the frame's space, or in the residual stream's."""
-    variance: Literal["per_dimension", "all_scalars"]
-    """D6: what the squared error is divided by: a fixed variance about each feature's mean, or the batch's over all scalars."""
-    aux: Literal["residual", "framed"]
-    """D3: AuxK predicts the detached error in the loss's own space, or the raw error with a framed reconstruction."""
-    normalize: Literal["after_step", "each_micro_batch"]
-    """D7: decoder rows are unit norm after every step, or before each micro-batch's gradient is projected."""
-    dead_clock: Literal["tokens", "forwards"]
-    """D2: a latent's quiet time is counted in tokens, or in forward passes against a threshold in optimizer steps."""
-    validation_counts: bool
-    """D8: validation forwards move the dead-latent clock."""
-    validation_data: Literal["validation", "train"]
-    """D18: validation reads held-out text, or the first blocks of the training stream."""
-    order: Literal["shuffled", "file"]
-    packing: Literal["carry", "groups"]
-    """Remainders are carried on, or every 1,024 documents are packed alone and their last partial block is dropped."""
-    lr: float | None
-    """None: 2e-4 / sqrt(n_latents / 2^14)."""
-    warmup_fraction: float
-    decay_fraction: float
-    dead_after_tokens: int | None
-    """None: 10,000,000 tokens, or a tenth of the run if that is less."""
-    micro_batch: int | None
-    """Sequences in one forward pass; None: as many as make about 8,192 tokens."""
-    validate_every_forwards: int | None
-    """Training forward passes between validations; None: never."""
-    cuda_precision: PrecisionName
-
-
-RECIPES: dict[RecipeName, Recipe] = {
-    "standard": Recipe(
-        frame="layer",
-        special_tokens="drop",
-        mask_first_position=True,
-        mask_norm_factor=10.0,
-        bias_init="framed",
-        variance="per_dimension",
-        aux="residual",
-        normalize="after_step",
-        dead_clock="tokens",
-        validation_counts=False,
-        validation_data="validation",
-        order="shuffled",
-        packing="carry",
-        lr=None,
-        warmup_fraction=0.02,
-        decay_fraction=0.2,
-        dead_after_tokens=None,
-        micro_batch=None,
-        validate_every_forwards=None,
-        cuda_precision="bfloat16",
-    ),
-    "lawson2024": Recipe(
-        frame="vector",
-        special_tokens="zero",
-        mask_first_position=False,
-        mask_norm_factor=None,
-        bias_init="raw",
-        variance="all_scalars",
-        aux="framed",
-        normalize="each_micro_batch",
-        dead_clock="forwards",
-        validation_counts=True,
-        validation_data="train",
-        order="file",
-        packing="groups",
-        lr=1e-4,
-        warmup_fraction=0.0,
-        decay_fraction=0.0,
-        dead_after_tokens=10_000_000,
-        micro_batch=1,
-        validate_every_forwards=4096,
-        cuda_precision="float16",
-    ),
-}
 
 
 C = TypeVar("C", bound="Config")  # typing.Self is refused by the shape checker of the test suite
@@ -405,75 +315,6 @@ class LMShape:
     """Longest sequence, tokens; None: no limit."""
 
 
-def resolve(config: TrainConfig, lm: LMShape) -> TrainConfig:
-    """The same config with every None that has a meaning filled in; refuses what this language model makes impossible."""
-    rules = config.rules
-    layers = tuple(range(lm.n_layers)) if config.layers is None else config.layers
-    check_layers(layers, lm)
-    sae = sae_config(config.replaced(layers=layers), lm)
-    context = _context_length(config, lm)
-    per_step = min(131_072, max(config.tokens // 1000, context))
-    batch = config.batch_size or rules.micro_batch or max(1, min(8192, per_step) // context)
-    accumulation = config.accumulation_steps or max(1, per_step // (batch * context))
-    step_tokens = batch * context * accumulation
-    if config.tokens < step_tokens:
-        raise ConfigError(
-            "tokens", f"{config.tokens} tokens is less than one step ({step_tokens}); raise it or lower batch_size"
-        )
-    n_steps = config.tokens // step_tokens
-    resolved = config.replaced(
-        layers=layers,
-        n_latents=sae.n_latents,
-        expansion_factor=None,
-        frame=sae.frame,
-        mask_first_position=sae.mask_first_position,
-        mask_norm_factor=sae.mask_norm_factor or 0.0,
-        context_length=context,
-        batch_size=batch,
-        accumulation_steps=accumulation,
-        data_seed=_first(config.data_seed, config.seed),
-        lr=_first(config.lr, rules.lr, default_lr(sae.n_latents // config.groups)),
-        warmup_fraction=_first(config.warmup_fraction, rules.warmup_fraction),
-        decay_fraction=_first(config.decay_fraction, rules.decay_fraction),
-        dead_after_tokens=_first(
-            config.dead_after_tokens, rules.dead_after_tokens, max(step_tokens, min(10_000_000, config.tokens // 10))
-        ),
-        k_aux=_first(config.k_aux, min(256, sae.n_latents)),
-        log_every_steps=_first(config.log_every_steps, max(1, n_steps // 200)),
-        save_every_steps=_first(config.save_every_steps, max(1, n_steps // 10)),
-        validate_every_steps=_first(
-            config.validate_every_steps,
-            rules.validate_every_forwards and max(1, rules.validate_every_forwards // accumulation),
-        ),
-    )
-    _check_resolved(resolved, step_tokens)
-    return resolved
-
-
-def sae_config(config: TrainConfig, lm: LMShape) -> MLSAEConfig:
-    """The SAE that a training config describes for one language model."""
-    rules = config.rules
-    norm_factor = _first(config.mask_norm_factor, rules.mask_norm_factor)
-    size: dict[str, Any] = {"n_latents": config.n_latents, "expansion_factor": config.expansion_factor}
-    return MLSAEConfig(
-        d_model=lm.d_model,
-        **size,
-        k=config.k,
-        layers=config.layers,
-        groups=config.groups,
-        frame=_first(config.frame, rules.frame),
-        mask_special_tokens=config.mask_special_tokens,
-        mask_first_position=_first(config.mask_first_position, rules.mask_first_position),
-        mask_norm_factor=norm_factor or None,
-        special_tokens=rules.special_tokens,
-        recipe=config.recipe,
-        lm=lm.name,
-        separator_token=config.separator_token,
-        data=config.data,
-        lens=config.lens,
-    )
-
-
 def check_layers(layers: tuple[int, ...], lm: LMShape | None = None) -> None:
     """Refuse an empty, repeated, negative or (with `lm`) too large layer; layers are ids, so -1 never wraps."""
     if not layers:
@@ -486,34 +327,6 @@ def check_layers(layers: tuple[int, ...], lm: LMShape | None = None) -> None:
             raise ConfigError("layers", f"{layer} is given twice; name each layer once")
         if lm is not None and layer >= lm.n_layers:
             raise ConfigError("layers", f"{layer} is out of range; {lm.name} has layers 0-{lm.n_layers - 1}")
-
-
-def _context_length(config: TrainConfig, lm: LMShape) -> int:
-    limit = lm.context_length
-    if config.context_length is None:
-        return min(2048, limit) if limit else 2048
-    if limit and config.context_length > limit:
-        raise ConfigError("context_length", f"{config.context_length} exceeds the model's {limit}; lower it")
-    if config.context_length < 2:
-        raise ConfigError("context_length", "1; at least 2 tokens are needed to predict one")
-    return config.context_length
-
-
-def _check_resolved(config: TrainConfig, step_tokens: int) -> None:
-    n_latents = config.n_latents or 0
-    if (config.k_aux or 0) > n_latents:
-        raise ConfigError("k_aux", f"{config.k_aux} exceeds n_latents {n_latents}; lower it, or 0 for off")
-    if (config.dead_after_tokens or 0) < step_tokens:
-        raise ConfigError(
-            "dead_after_tokens",
-            f"{config.dead_after_tokens} is less than one step ({step_tokens} tokens), so every latent would be dead "
-            f"at once; use at least {step_tokens}",
-        )
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is not None: 0 and False are values."""
-    return next((value for value in values if value is not None), None)
 
 
 def config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
@@ -553,7 +366,7 @@ def _bounds(part: Any) -> list[Any]:
 
 def load_config(path: Path) -> dict[str, Any]:
     """The keys of a YAML or JSON file, refused if TrainConfig has no such key."""
-    from mlsae.files import read_yaml
+    from mlsae.untrusted import read_yaml
 
     values = read_yaml(path)
     for key in values:

@@ -22,7 +22,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from tqdm import tqdm
 
-from mlsae import files
+from mlsae import files, untrusted
 from mlsae.errors import DataError, ResourceError
 from mlsae.text import TextSource
 from mlsae.tokens import Tokenizer
@@ -97,7 +97,7 @@ class TokenBlocks:
     @classmethod
     def open(cls, folder: Path, max_tokens: int | None = None, *, verify: bool = True) -> "TokenBlocks":
         """The blocks in a folder that `pack` wrote, no more than hold `max_tokens`; what was just written is not verified."""
-        info = PackInfo(**files.read_sealed(folder / "meta.json"))
+        info = PackInfo(**untrusted.read_sealed(folder / "meta.json"))
         if verify and (
             damaged := [name for name in TOKEN_FILES if files.sha256(folder / name) != info.checksums.get(name)]
         ):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mlsae import files
+from mlsae import files, untrusted
 from mlsae.analysis.report import write_report
 from mlsae.analyze import Analysis, analyze
 from mlsae.config import MLSAEConfig, TrainConfig
@@ -130,14 +130,14 @@ def training(lm: str | Path, texts: Path, out: Path, budget: Budget) -> TrainCon
 def write_down(out: Path, run: Run, evaluation: Evaluation, analysis: Analysis) -> tuple[str, str]:
     """Put everything on disk as the commands would, and a report on top; returns its path and the outlook."""
     directory = Path(run.directory)
-    metrics = files.read_jsonl(directory / "metrics.jsonl")
+    metrics = untrusted.read_jsonl(directory / "metrics.jsonl")
     sentence = outlook(metrics, evaluation.mean["fvu"])
     files.write_json(directory / "evaluation.json", evaluation.to_dict())
     analysis.save(directory / "analysis")
     report, *_ = write_report(
         out / "report.html",
         title="SmolLM2-135M: one dictionary for 30 layers",
-        run={**files.read_json(directory / "config.json"), **run.to_dict()},
+        run={**untrusted.read_json(directory / "config.json"), **run.to_dict()},
         evaluation=evaluation,
         analysis=analysis,
         metrics=metrics,

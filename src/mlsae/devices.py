@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mlsae import files
-from mlsae.config import PrecisionName, TrainConfig
+from mlsae.config import TrainConfig
 from mlsae.errors import ConfigError, ResourceError
+from mlsae.recipes import PrecisionName
 
 TRAINING_BYTES = 32
 """Bytes of training state for each entry of one weight matrix: two matrices, each with gradient and two moments, in float32."""

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mlsae.config import FrameName
 from mlsae.errors import ConfigError, ModelError
+from mlsae.recipes import FrameName
 
 VECTOR_EPS = 1e-5
 """Added to a vector's standard deviation on the way in, and not on the way out, as the published code does."""

@@ -31,7 +31,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 from mlsae.config import LMShape
 from mlsae.errors import ModelError, did_you_mean, printable
-from mlsae.files import check_header, read_json
+from mlsae.untrusted import check_header, read_json
 
 _PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")
 _WELL_KNOWN = (

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mlsae.config import Recipe
 from mlsae.errors import DataError
 from mlsae.metrics import Moments
+from mlsae.recipes import Recipe
 from mlsae.sae import MLSAE
 
 MEDIAN_VECTORS = 32_768

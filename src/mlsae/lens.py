@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from mlsae import files
+from mlsae import files, untrusted
 from mlsae.config import Config
 from mlsae.data import TextSource, TokenBlocks
 from mlsae.errors import DataError, ModelError, NumericsError, printable
@@ -111,7 +111,7 @@ class TunedLens(Lens):
 
 
 def _load_ours(path: Path, lm: LanguageModel | None) -> TunedLens:
-    config = files.parse_json(files.tensors_metadata(path).get("config", "null"), path)
+    config = untrusted.parse_json(untrusted.tensors_metadata(path).get("config", "null"), path)
     if not isinstance(config, dict):
         raise ModelError(str(path), "does not say what it belongs to; name a folder that mlsae lens wrote")
     with torch.device("meta"):
@@ -122,7 +122,7 @@ def _load_ours(path: Path, lm: LanguageModel | None) -> TunedLens:
             problem = f"is a lens of {printable(str(lens.config.lm))}, which has another tokenizer than {lm.name}"
             raise ModelError(str(path), f"{problem}; train one with mlsae lens")
     expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in lens.state_dict().items()}
-    lens.load_state_dict(files.load_tensors(path, expected), assign=True)
+    lens.load_state_dict(untrusted.load_tensors(path, expected), assign=True)
     return lens
 
 
@@ -135,7 +135,7 @@ def _load_published(name: str, lm: LanguageModel | None, allow_pickle: bool, fir
         problem = f"'{name}' holds no {LENS_FILE}, and published lenses are pickles, which can carry code"
         raise ModelError("lens", f"{problem}; train one with mlsae lens, or read this one with allow_pickle=True")
     folder = _find_published(name)
-    config = files.read_json(folder / PUBLISHED[0])
+    config = untrusted.read_json(folder / PUBLISHED[0])
     if not isinstance(config, dict) or config.get("lens_type", "linear_tuned_lens") != "linear_tuned_lens":
         raise ModelError(str(folder), f"{PUBLISHED[0]} describes no linear tuned lens")
     base = str(config.get("base_model_name_or_path"))
@@ -147,7 +147,7 @@ def _load_published(name: str, lm: LanguageModel | None, allow_pickle: bool, fir
     expected = {f"{i}.weight": width * 2 for i in range(ours.n_layers)}
     if config.get("bias", True):
         expected |= {f"{i}.bias": width for i in range(ours.n_layers)}
-    tensors = files.load_pickled_tensors(folder / PUBLISHED[1], expected)
+    tensors = untrusted.load_pickled_tensors(folder / PUBLISHED[1], expected)
     lens = TunedLens(ours)
     for layer, i in enumerate(range(first, ours.n_layers)):
         lens.weight[layer] = tensors[f"{i}.weight"]

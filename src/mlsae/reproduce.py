@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlsae import devices, files
+from mlsae import devices, files, untrusted
 from mlsae.analysis.comparison import Point, by_layer, frontier
 from mlsae.analysis.figures import Picture, save
 from mlsae.analysis.report import number, plain, write_report
@@ -167,7 +167,7 @@ def fitted_lens(
         costly = budget.evaluate_tokens if budget.splice_tokens is None else budget.splice_tokens
         quality = evaluate_lens(lens, lm, held, tokens=min(20_000, costly), **reading)
         files.write_json(folder / "quality.json", quality.to_dict())
-    return files.read_json(folder / "quality.json")
+    return untrusted.read_json(folder / "quality.json")
 
 
 def untrained(folder: Path, lm: LanguageModel, config: TrainConfig) -> LanguageModel:
@@ -200,7 +200,7 @@ class _Work:
     def _analyzed(self, record: Path, results: Sequence[Result], runs: Mapping[str, Run]) -> list[Arm]:
         """Where the latents of every arm live, all on one held-out text."""
         tokens = {"analyze_tokens": self.budget.analyze_tokens}
-        found = files.read_json(record, max_bytes=MAX_RECORD_BYTES) if record.is_file() else {}
+        found = untrusted.read_json(record, max_bytes=MAX_RECORD_BYTES) if record.is_file() else {}
         known: dict[str, Any] = found.get("arms", {}) if found.get("analyze_tokens") == tokens["analyze_tokens"] else {}
         arms = []
         for result in results:
@@ -244,7 +244,7 @@ class _Work:
             run={**result.config, **run.to_dict()},
             analysis=analysis,
             evaluation=result.evaluation,
-            metrics=files.read_jsonl(Path(run.directory) / "metrics.jsonl"),
+            metrics=untrusted.read_jsonl(Path(run.directory) / "metrics.jsonl"),
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mlsae import files, ops
+from mlsae import files, ops, untrusted
 from mlsae.config import Impl, MLSAEConfig
 from mlsae.errors import ConfigError, ModelError
 from mlsae.frames import Frame, Lens
@@ -282,7 +282,7 @@ class MLSAE(nn.Module):
             sae = cls(_read_config(directory / CONFIG_FILE))
         expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in sae.state_dict().items()}
         _check_belongs(directory, sae.config)
-        tensors = files.load_tensors(directory / WEIGHTS_FILE, expected)
+        tensors = untrusted.load_tensors(directory / WEIGHTS_FILE, expected)
         if not allow_nonfinite:
             _refuse_nonfinite(tensors, directory)
         sae.load_state_dict(tensors, assign=True)
@@ -291,7 +291,7 @@ class MLSAE(nn.Module):
 
 def _read_config(path: Path) -> MLSAEConfig:
     """The config in a file that must hold every key: one left out would be guessed."""
-    values = files.read_json(path)
+    values = untrusted.read_json(path)
     if not isinstance(values, dict):
         raise ModelError(str(path), "holds no mapping of keys; name a folder that save_pretrained wrote")
     if missing := [key for key in MLSAEConfig.model_fields if key not in values]:
@@ -301,8 +301,8 @@ def _read_config(path: Path) -> MLSAEConfig:
 
 def _check_belongs(directory: Path, config: MLSAEConfig) -> None:
     """Refuse a config.json that is not the one the weights were saved with."""
-    stored = files.tensors_metadata(directory / WEIGHTS_FILE).get("config", "{}")
-    saved_with = files.parse_json(stored, directory / WEIGHTS_FILE)
+    stored = untrusted.tensors_metadata(directory / WEIGHTS_FILE).get("config", "{}")
+    saved_with = untrusted.parse_json(stored, directory / WEIGHTS_FILE)
     if not isinstance(saved_with, dict):
         raise ModelError(str(directory / WEIGHTS_FILE), "holds no config; save the SAE again with save_pretrained")
     for key, value in config.to_dict().items():

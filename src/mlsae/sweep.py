@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlsae import files
+from mlsae import files, untrusted
 from mlsae.analysis.comparison import Point, frontier
 from mlsae.analysis.figures import save
 from mlsae.analysis.report import number, percent, plain
@@ -188,8 +188,8 @@ def judged(
             read: dict[str, Any] = {"tokens": tokens, "splice_tokens": splice_tokens, "progress": progress}
             evaluation = evaluate(sae, lm, blocks, **read).to_dict()
             files.write_json(folder / "evaluation.json", evaluation)
-        config = files.read_json(folder / "config.json")
-        sizes = files.read_json(folder / "sae" / "config.json")
+        config = untrusted.read_json(folder / "config.json")
+        sizes = untrusted.read_json(folder / "sae" / "config.json")
         results.append(Result(name, config, run.to_dict(), sizes["expansion_factor"], weights, evaluation))
         files.write_json(record, {**budget, "arms": [result.to_dict() for result in results]})
     return results
@@ -199,13 +199,13 @@ def _recorded(record: Path, budget: Mapping[str, int | None]) -> list[dict[str, 
     """The arms that an earlier, interrupted call evaluated on as many tokens."""
     if not record.is_file():
         return []
-    found = files.read_json(record, max_bytes=MAX_RECORD_BYTES)
+    found = untrusted.read_json(record, max_bytes=MAX_RECORD_BYTES)
     return found["arms"] if all(found.get(name) == n for name, n in budget.items()) else []
 
 
 def held_out(run: Run, sae: MLSAE, lm: LanguageModel, *, tokens: int, progress: bool) -> TokenBlocks:
     """The held-out part of the text that a run was trained on."""
-    config = TrainConfig(**files.read_json(Path(run.directory) / "config.json"))
+    config = TrainConfig(**untrusted.read_json(Path(run.directory) / "config.json"))
     split = held_out_split(sae, config.data)
     source = TextSource(config.data, split, config.text_column, config.skip_bad_rows, config.streaming)
     return open_blocks(sae, lm, source, tokens=tokens, split=None, context_length=None, progress=progress)

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from mlsae import devices, files
+from mlsae import devices, files, untrusted
 from mlsae.checkpoint import Checkpoint, RunDirectory
-from mlsae.config import Config, LMShape, TrainConfig, resolve, sae_config
+from mlsae.config import Config, LMShape, TrainConfig
 from mlsae.data import TokenBlocks
 from mlsae.errors import DataError, Interrupted, ModelError, NumericsError, ResourceError, out_of_memory
 from mlsae.lens import TunedLens
@@ -22,6 +22,7 @@ from mlsae.lm import LanguageModel, read_shape
 from mlsae.metrics import ReconstructionSums
 from mlsae.reading import Reading, check_pair, read
 from mlsae.reporting import Reporter, open_logger
+from mlsae.resolving import resolve, sae_config
 from mlsae.sae import MLSAE
 from mlsae.stopping import StopFlag
 from mlsae.stream import Stream, pack_split
@@ -234,7 +235,7 @@ class Loop:
     def summary(self, seconds: float) -> Run:
         """The finished run in numbers."""
         tokens = self.trainer.steps * self.step_tokens
-        lines = files.read_jsonl(self.run_directory.path / "metrics.jsonl", last_bytes=1 << 20)
+        lines = untrusted.read_jsonl(self.run_directory.path / "metrics.jsonl", last_bytes=1 << 20)
         last = [row for row in lines if "fvu" in row][-1]
         return Run(
             directory=str(self.run_directory.path),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae import files
+from mlsae import untrusted
 from mlsae.analysis import cosines, drawing, figures, heatmaps, lives, picture, spread
 from mlsae.analysis.depth import distribute
 from mlsae.analysis.directions import COSINE_LIMIT, chance, compare_pairs
@@ -353,7 +353,7 @@ def test_large_data_goes_into_tensors_and_leaves_no_stale_file(tmp_path: Path, m
     monkeypatch.setattr(picture, "rendered", lambda figure, kind: kind.encode())
     monkeypatch.setattr(picture, "MAX_JSON_NUMBERS", 10)
     paths = figures.save(drawn, tmp_path)
-    tensors = files.load_tensors(tmp_path / "heatmap.safetensors")
+    tensors = untrusted.load_tensors(tmp_path / "heatmap.safetensors")
     torch.testing.assert_close(tensors["columns"], drawn.data["columns"])
     assert json.loads((tmp_path / "heatmap.json").read_text())["columns"] == "tensor in heatmap.safetensors"
     assert sorted(paths) == sorted(tmp_path.iterdir())

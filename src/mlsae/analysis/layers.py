@@ -20,9 +20,10 @@ from mlsae.analysis.depth import Decomposition, Distribution, Lawson2024Ratios, 
 from mlsae.analysis.events import Events, find_events
 from mlsae.config import Impl
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, did_you_mean
-from mlsae.files import load_tensors, save_tensors
+from mlsae.files import save_tensors
 from mlsae.intervals import Estimate, check_shards, jackknife
 from mlsae.ops import cpu
+from mlsae.untrusted import load_tensors
 
 WEIGHTS = ("mass", "event", "count")
 """What an active (layer, token, latent) weighs: z; z / sum_l z, so that every event counts once; or 1."""

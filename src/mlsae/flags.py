@@ -1,0 +1,163 @@
+"""What every command can be told: a field is a flag, its docstring the help."""
+
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from mlsae.config import Config, Materials, Positive, TrainConfig
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+
+
+class Output(Config):
+    """What every command can be told about its output."""
+
+    json_: Annotated[str | None, tyro.conf.arg(name="json", metavar="FILE")] = None
+    """Also write the result as JSON to this file; `-` prints it instead of the table."""
+    quiet: bool = False
+    """No progress bars."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    offline: bool = False
+    """Use no network: folders, and what is in the Hub's cache."""
+
+
+class Demo(Output):
+    """The whole story on a real model with no network: train, evaluate, analyze, report."""
+
+    out: str | None = None
+    """Folder to write; None: demo, or demo-2, demo-3 ... if that is taken."""
+    minutes: Annotated[float, Field(gt=0)] = 7.0
+    """Wall time to aim for; it sets how much text is read."""
+
+
+class Train(Output, TrainConfig):
+    """Train one sparse autoencoder on every layer of a language model."""
+
+    config: str | None = None
+    """YAML or JSON file of these same keys; flags win over it."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run directory."""
+
+
+class Reader(Config):
+    """What evaluate and analyze read."""
+
+    sae: Sae
+    """Run directory, SAE folder or Hub id."""
+    lm: str | None = None
+    """Language model; None: the one the SAE was trained on."""
+    data: str | None = None
+    """Text file, folder or Hub dataset; None: the text the SAE was trained on."""
+    split: str | None = None
+    """Part of the data; None: what was held out from training, or all of any other text."""
+    context_length: Positive | None = None
+    """Tokens in a sequence; None: 2048 or the language model's limit."""
+
+
+class Evaluate(Output, Reader):
+    """Measure how good an SAE is on held-out text, layer by layer."""
+
+    tokens: Positive = 1_000_000
+    """Tokens to read."""
+    splice_tokens: Positive | None = None
+    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
+
+
+class Analyze(Output, Reader):
+    """Read the layers of an SAE: where its latents live, as numbers, figures and a report."""
+
+    out: str | None = None
+    """Folder to write; None: analysis in the run directory."""
+    tokens: Positive = 10_000_000
+    """Tokens to read."""
+    prompt: str | None = None
+    """Text of the single-prompt heatmap; None: the paper's."""
+    nulls: bool = True
+    """Also analyze codes in which depth means nothing, to compare with."""
+    directions: bool = True
+    """Also compare decoder rows with each other and with embeddings; the time grows with the square of the latents."""
+    examples: Annotated[int, Field(ge=0)] = 32
+    """Strongest contexts to keep for every latent and layer, and half as many at random; 0: none."""
+
+
+class FitLens(Output, Materials):
+    """Train a tuned lens, the map of each layer that best foretells what the model says, to put before an SAE."""
+
+    out: str
+    """Folder to write."""
+    tokens: Positive = 1_000_000
+    """Tokens to train on; past the end of the text it starts again."""
+    held_out_tokens: Positive = 20_000
+    """Tokens of the validation part to judge it by."""
+    context_length: Positive | None = None
+    """Tokens in a sequence; None: 2048 or the language model's limit."""
+    seed: int = 42
+    """Seed of the data order."""
+    published: str | None = None
+    """Train nothing: take this lens as the tuned-lens library writes it, a folder or a Hub id, and trust its pickle."""
+
+
+class SweepGrid(Output, TrainConfig):
+    """Train an SAE for every combination of k, expansion factor and seed off one reading of the text, and compare them."""
+
+    out: str
+    """Folder to write: a run directory for each, sweep.json, sweep.txt and figures/."""
+    k: tuple[Annotated[int, Field(ge=1)], ...] | None = None  # ty: ignore[incompatible-attribute-override]
+    """Active latents of each residual vector, one or several; None: 32."""
+    expansion_factor: tuple[Annotated[float, Field(gt=0)], ...] | None = None  # ty: ignore[incompatible-attribute-override]
+    """Latents of one dictionary as a multiple of d_model, one or several; None: 16."""
+    seed: tuple[Seed, ...] | None = None  # ty: ignore[incompatible-attribute-override]
+    """Seed of the initial weights, one or several; the order of the data is that of data_seed, or the first; None: 42."""
+    evaluate_tokens: Positive = 1_000_000
+    """Tokens of held-out text to evaluate each SAE on."""
+    splice_tokens: Positive | None = None
+    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
+    resume: bool = False
+    """Go on with the sweep in that folder, each arm from its newest checkpoint."""
+
+
+class Reproduce(Output, TrainConfig):
+    """Every figure of the paper on your language model: SAEs of several k and sizes, behind a lens, and one per layer."""
+
+    out: str
+    """Folder to write: figures/, report.html, reproduction.json and .txt, and a run directory for each SAE."""
+    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (16, 32, 64)  # ty: ignore[incompatible-attribute-override]
+    """Active latents of each residual vector to try, at the middle size."""
+    expansion_factor: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (4.0, 16.0, 64.0)  # ty: ignore[incompatible-attribute-override]
+    """Sizes to try, at the middle k: latents as a multiple of d_model."""
+    tuned_lens: bool = True
+    """Also train a tuned lens, and an SAE behind it."""
+    rival: bool = True
+    """Also train one dictionary for each layer, together as many latents as the main SAE."""
+    random_model: bool = True
+    """Also train the main SAE on the same language model with random weights, to compare with."""
+    lens_tokens: Positive | None = None
+    """Tokens to train the lens on; None: as many as the SAEs."""
+    evaluate_tokens: Positive = 1_000_000
+    """Tokens of held-out text to evaluate each SAE on."""
+    splice_tokens: Positive | None = None
+    """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
+    analyze_tokens: Positive = 10_000_000
+    """Tokens of held-out text to analyze each SAE on."""
+    prompt: str | None = None
+    """Text of the single-prompt heatmap; None: the paper's."""
+    resume: bool = False
+    """Go on with what is in that folder."""
+
+
+class Compare(Output):
+    """Train and compare kinds of SAE at equal budget: multi-layer against groups of layers, or any recipes."""
+
+    comparison: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="COMPARISON.yaml")]
+    """YAML file of the comparison: the keys of train, `k: [16, 32, 64]` and `arms` (docs/quickstart.md has one)."""
+    out: str | None = None
+    """Folder to write; None: the file's."""
+    resume: bool = False
+    """Go on with the comparison in that folder."""
+
+
+class Info(Output):
+    """Say what is installed, which devices there are, and who computes the sparse operations."""

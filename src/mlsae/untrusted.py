@@ -1,0 +1,247 @@
+"""Reading files that someone else, or a crash, may have written: bounded, checked before use, and refused in one sentence.
+
+JSON, YAML, safetensors and, where a format has nothing else, pickled tensors; rows of text are read in textfiles.py.
+"""
+
+import contextlib
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from mlsae.errors import ConfigError, ModelError, ResourceError, printable
+from mlsae.files import canonical_json, json_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+_DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64", "torch.uint8": "U8"}
+MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 32
+MAX_HEADER_BYTES = 8 << 20
+"""Of a safetensors file: a few hundred bytes a tensor."""
+MAX_JSONL_BYTES = 256 << 20
+_BAD_PICKLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What torch's unpickler raises, beside its own errors, over bytes that make no sense."""
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file of bounded size and depth without duplicate keys; anything else is refused with file and place."""
+    return parse_json(_read_small(path, max_bytes), path)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The fields that `write_sealed` wrote. Raises ResourceError if a bit of the file is not as it was written."""
+    try:
+        value = read_json(path)
+    except ConfigError as error:
+        raise ResourceError(str(path), f"failed its checksum ({path.name}: {error.problem})") from error
+    fields = {key: item for key, item in value.items() if key != "sha256"} if isinstance(value, dict) else {}
+    sealed = canonical_json({**fields, "sha256": json_digest(fields)})
+    if path.read_text() != sealed:
+        raise ResourceError(str(path), f"failed its checksum ({path.name})")
+    return fields
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The value of a JSON text; `path` names it in errors."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except RecursionError:
+        raise ConfigError(str(path), f"nested deeper than {MAX_JSON_DEPTH} levels; not one of our files") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(str(path), f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+    except ValueError as error:
+        raise ConfigError(str(path), str(error)) from error
+    if _depth(value) > MAX_JSON_DEPTH:
+        raise ConfigError(str(path), f"nested deeper than {MAX_JSON_DEPTH} levels; not one of our files")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML (or JSON) mapping without duplicate keys, tags or anchors to code; `1e8` and `2e-4` are numbers."""
+    text = _read_small(path, MAX_JSON_BYTES)
+    try:
+        value = yaml.load(text, _PlainYaml)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(str(path), f"{place}{error.problem or error.context}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(str(path), f"not YAML ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(str(path), f"line 1, column 1: holds {_kind(value)}; write one 'key: value' a line")
+    return value
+
+
+def tensors_metadata(path: Path) -> dict[str, str]:
+    """What `save_tensors` was given beside the tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def load_tensors(
+    path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None
+) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        if expected is not None:
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            wanted = {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
+            _check_tensors(path, found, wanted)
+        return {name: file.get_tensor(name) for name in slices}
+
+
+def load_pickled_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> "dict[str, Tensor]":
+    """The tensors of these names and shapes, as float32, that `torch.save` wrote, for a format that has no other file.
+
+    It is read by torch's restricted unpickler, which makes tensors and calls nothing else, after a look at its sizes.
+    """
+    import torch
+
+    limit = 8 * sum(math.prod(shape) for shape in shapes.values()) + MAX_JSON_BYTES
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(max(entry.file_size, entry.compress_size) for entry in archive.infolist())
+        if size > limit:
+            raise ModelError(str(path), f"holds {size} bytes; its config allows {limit}")
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, EOFError, RuntimeError, *_BAD_PICKLE) as error:
+        raise ModelError(str(path), f"holds more than tensors, or is damaged ({type(error).__name__})") from error
+    found = tensors if isinstance(tensors, dict) else {}
+    if odd := sorted(map(str, found.keys() ^ shapes.keys())) or ([] if found else ["a dictionary"]):
+        raise ModelError(str(path), f"'{printable(odd[0])}' is missing or unknown; it is not of this config")
+    for name, shape in shapes.items():
+        if not (isinstance(found[name], torch.Tensor) and found[name].is_floating_point()):
+            raise ModelError(str(path), f"'{name}' is no tensor of floating-point numbers")
+        if tuple(found[name].shape) != shape:
+            raise ModelError(
+                str(path), f"tensor '{name}' has shape {list(found[name].shape)}; config.json needs {list(shape)}"
+            )
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    """A safetensors file whose header was checked."""
+    from safetensors import SafetensorError, safe_open
+
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors header of more bytes than there are or should be, or with a name twice, before a library reads it."""
+    if not path.is_file():
+        raise ModelError(str(path), "no such file; name a folder that save_pretrained wrote")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
+    if not header:
+        raise ModelError(str(path), f"not a safetensors file (header of {length} bytes in a file of {size})")
+    try:
+        parse_json(header.decode(), path)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
+
+
+def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ModelError(str(path), f"tensor '{missing[0]}' is missing; the file is not whole")
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise ModelError(str(path), f"tensor '{unknown[0]}' is unknown; the file was not written for this config")
+    for name, (kind, shape) in wanted.items():
+        if found[name][1] != shape:
+            raise ModelError(
+                str(path), f"tensor '{name}' has shape {list(found[name][1])}; config.json needs {list(shape)}"
+            )
+        if found[name][0] != kind:
+            raise ModelError(str(path), f"tensor '{name}' is {found[name][0]}; it must be {kind}")
+
+
+def _read_small(path: Path, max_bytes: int, *, empty: bool = False) -> str:
+    if not path.is_file():
+        raise ConfigError(str(path), "no such file")
+    if path.stat().st_size > max_bytes:
+        raise ConfigError(str(path), f"{path.stat().st_size} bytes; at most {max_bytes} are read")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), f"byte {error.start}: not UTF-8") from error
+    if text.startswith("\ufeff"):
+        raise ConfigError(str(path), "line 1, column 1: starts with a byte-order mark; save it as plain UTF-8")
+    if not text.strip() and not empty:
+        raise ConfigError(str(path), "line 1, column 1: the file is empty")
+    return text
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}, which is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"key '{twice}' stands twice")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted level by level: a hostile file must not exhaust the stack."""
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, dict | list)]:
+        depth += 1
+        level = [x for container in level for x in (container.values() if isinstance(container, dict) else container)]
+    return depth
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """Plain data only: no duplicate keys, and floats as YAML 1.2 writes them (PyYAML alone reads 1e8 as a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[str] = set()
+        for (key_node, _), key in zip(node.value, map(str, keys), strict=True):
+            if key in seen:
+                raise ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_PlainYaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_jsonl(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The records of a file that `JsonLines` wrote, or those in its last bytes; a line cut short by a crash is left out."""
+    size = path.stat().st_size if path.is_file() else 0
+    if last_bytes is None or size <= last_bytes:
+        text = _read_small(path, MAX_JSONL_BYTES, empty=True)
+    else:
+        with open(path, "rb") as file:
+            file.seek(size - last_bytes)
+            text = file.read().partition(b"\n")[2].decode()
+    records = [parse_json(line, path) for line in text.split("\n")[:-1] if line]
+    if odd := [record for record in records if not isinstance(record, dict)]:
+        raise ConfigError(str(path), f"holds {_kind(odd[0])} where a line is an object; not a file of ours")
+    return records
