@@ -5,7 +5,7 @@
     python benchmarks/faults.py --list
 
 A fault is a text that stands exactly once in its file, what stands in its stead, and the test that must fail for it; a
-text that is no longer there is refused by name. Exits with 1 unless every fault was caught.
+text that is no longer there is refused by name. C++ with a fault is compiled. Exits with 1 unless every fault was caught.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "README.md")
-"""What the tests read."""
+NEEDED = ("src", "tests", "docs", "benchmarks", "pyproject.toml", "README.md", "hatch_build.py")
+"""What the tests read, and what compiles the kernels."""
 LIMIT_SECONDS = 300
 """What takes longer hangs."""
 
@@ -517,7 +517,7 @@ FAULTS = [
     Fault(
         "an SAE is judged by the text it was trained on",
         "evaluate.py",
-        'return "test" if trained_on or "test" in',
+        'return "test" if trained_on(sae, data) or "test" in',
         'return "test" if "test" in',
         "test_evaluate.py::test_held_out_text_is_the_default",
     ),
@@ -605,6 +605,42 @@ FAULTS = [
         "centred, raw = _adjacent_cosines(resid, torch.zeros_like(mean)), ",
         "analysis/test_geometry.py::test_the_centred_cosine_ignores_an_offset_and_the_raw_one_does_not",
     ),
+    # ---- the sums of depth in C++ ------------------------------------------------------------------------------------
+    Fault(
+        "C++: a token inherits the events of the one before",
+        "ops/cpu.cpp",
+        "        event_of[j] = -1;\n",
+        "",
+        "analysis/test_layers.py::test_equals_brute_force[cpu-0]",
+    ),
+    Fault(
+        "C++: a run goes on over a layer that is left out",
+        "ops/cpu.cpp",
+        "i + 1 < size && layer[i + 1] == layer[i] + 1;",
+        "i + 1 < size;",
+        "analysis/test_layers.py::test_event_shapes_by_hand[cpu]",
+    ),
+    Fault(
+        "C++: the spread of an event is weighted by its mass twice",
+        "ops/cpu.cpp",
+        "spread[n] += variance,",
+        "spread[n] += mass * variance,",
+        "analysis/test_layers.py::test_scaling_an_event_changes_mass_but_neither_event_nor_count[cpu]",
+    ),
+    Fault(
+        "C++: the layers of events are all of the first shard",
+        "ops/cpu.cpp",
+        "by_layer = shard[t] * n_layers, q = sequence[t];",
+        "by_layer = 0, q = sequence[t];",
+        "analysis/test_layers.py::test_without_a_shard_is_the_statistics_of_the_other_documents[cpu]",
+    ),
+    Fault(
+        "C++: the mean layers of events are all of the first sequence",
+        "ops/cpu.cpp",
+        "firsts[q * n + j] += mean;",
+        "firsts[j] += mean;",
+        "analysis/test_layers.py::test_published_ratios_equal_brute_force_averaged_over_sequences[cpu-0]",
+    ),
 ]
 
 
@@ -645,16 +681,40 @@ def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
     return pytest.returncode, pytest.stdout
 
 
+COMPILE = """
+import sys, types
+from pathlib import Path
+
+sys.modules["hatchling.builders.hooks.plugin.interface"] = types.SimpleNamespace(BuildHookInterface=object)
+import hatch_build
+
+sys.exit(len(hatch_build.build(Path())) < int(sys.argv[1]))
+"""
+"""What an installation compiles, without an installation: it would be of the copy, and shared by all."""
+
+
+def compiled(copy: Path, n_levels: int) -> None:
+    """Compile the copy's kernels anew. Raises RuntimeError if fewer instruction sets than these have one."""
+    done = python(copy, "-c", COMPILE, str(n_levels))
+    if done.returncode:
+        raise RuntimeError(f"the kernels do not compile:\n{done.stdout[-4000:]}")
+
+
 @contextlib.contextmanager
 def planted(fault: Fault, copy: Path) -> Iterator[None]:
-    """The fault in the copy, while open."""
+    """The fault in the copy, while open; in C++, also in the libraries."""
     file = copy / "src" / "mlsae" / fault.file
-    sound = file.read_text()
-    file.write_text(fault.planted_in(sound))
+    sound = {file: file.read_bytes()}
+    if file.suffix == ".cpp":
+        sound |= {library: library.read_bytes() for library in file.parent.glob("*.lib")}
+    file.write_text(fault.planted_in(file.read_text()))
     try:
+        if file.suffix == ".cpp":
+            compiled(copy, len(sound) - 1)
         yield
     finally:
-        file.write_text(sound)
+        for path, content in sound.items():
+            path.write_bytes(content)
 
 
 def caught_by(fault: Fault, copy: Path) -> str | None:

@@ -587,6 +587,13 @@ def _read_metrics(path: str) -> Any:
     return read_jsonl(Path(path))
 
 
+def _unpickle(path: str) -> str:
+    from mlsae.untrusted import unpickled
+
+    tensors, values = unpickled(Path(path), max_bytes=1 << 20)
+    return f"{_digest(tensors.items())} {values}"
+
+
 def _run_command(*arguments: str) -> str:
     """What a command prints on the terminal: `code: stderr`."""
     from mlsae.cli import main
@@ -606,6 +613,7 @@ READERS: dict[str, Callable[..., Any]] = {
     "statistics": _read_statistics,
     "config": _read_config,
     "metrics": _read_metrics,
+    "unpickled": _unpickle,
     "command": _run_command,
     "unsafely": lambda path: unsafely(Path(path).read_bytes()),
 }

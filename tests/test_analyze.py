@@ -104,7 +104,7 @@ def test_names_are_those_of_summary_json(found: Analysis):
     assert sum(summary["events"]["active_layers"]) == found.statistics.n_events.sum()
     assert set(summary["nulls"]) == {"independent", "shuffled_layers"}
     assert len(summary["persistence"]) == len(summary["nulls"]["independent"]["persistence"]) == 2
-    assert set(summary["directions"]) == {"pairs", "embedding", "unembedding"}
+    assert set(summary["directions"]) == {"pairs", "logits", "embedding", "unembedding"}
 
 
 def test_nothing_is_done_that_was_not_asked_for(tmp_path: Path, lm: LanguageModel, blocks: TokenBlocks):

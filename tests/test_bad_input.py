@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub
 from safetensors.torch import save_file
 from torch import zeros
 
-import mlsae.hub
+import mlsae.downloads
 from conftest import train_command, tree
 from mlsae import commands, devices, evaluate, files
 from mlsae.cli import main
@@ -79,7 +79,7 @@ def hub_says(kind: type[Exception]) -> Prepare:
             error.args = ("401 for Bearer hf_secret",)
             raise error
 
-        place.patch.setattr(mlsae.hub.HfApi, "model_info", model_info)
+        place.patch.setattr(mlsae.downloads.HfApi, "model_info", model_info)
 
     return prepare
 

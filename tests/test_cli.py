@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from conftest import train_command, tree
 from mlsae import cli, commands
 from mlsae.cli import COMMANDS, main
 from mlsae.sae import MLSAE
+from mlsae.text import TextSource
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "huggingface_hub")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
@@ -209,6 +211,58 @@ def test_analysis_elsewhere_needs_a_place(tmp_path: Path, run: Path, capsys: pyt
     assert f"error: out: '{sae}' is not a run directory; give --out" in capsys.readouterr().err
     assert main(["analyze", str(sae), "--tokens", "128", "--out", str(out), "--quiet"]) == 0
     assert (out / "summary.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The corpus in a column `story`, with a row that has no text in each file."""
+    folder = tmp_path_factory.mktemp("stories")
+    for file in corpus.iterdir():
+        rows = [{"story": json.loads(line)["text"]} for line in file.read_text().splitlines()]
+        (folder / file.name).write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"story": 5}]))
+    return folder
+
+
+def test_a_run_is_judged_on_its_own_text_as_it_read_it(tmp_path, lm_folder, corpus, stories, capsys):
+    """The same documents in another column, with rows that are none, give the same numbers without a flag."""
+    found = []
+    for data, flags in ((corpus, ()), (stories, ("--text-column", "story", "--skip-bad-rows"))):
+        out = tmp_path / data.name
+        assert main(train_command(*flags, lm=lm_folder, data=data, out=out)) == 0
+        for command in ("evaluate", "analyze"):
+            assert main([command, str(out), "--tokens", "256", "--quiet"]) == 0, capsys.readouterr().err
+        summaries = (json.loads((out / name).read_text()) for name in ("evaluation.json", "analysis/summary.json"))
+        found.append([{**summary, "seconds": 0} for summary in summaries])
+    assert found[0] == found[1]
+    capsys.readouterr()
+    sae = str(tmp_path / stories.name / "sae")  # an SAE alone does not say how its text was read
+    assert main(["evaluate", sae, "--tokens", "256", "--quiet"]) == 3
+    assert "story" in capsys.readouterr().err
+    flags = ("--tokens", "256", "--quiet", "--json", str(tmp_path / "alone.json"))
+    assert main(["evaluate", sae, "--text-column", "story", "--skip-bad-rows", *flags]) == 0
+    assert {**json.loads((tmp_path / "alone.json").read_text()), "seconds": 0} == found[0][0]
+
+
+def test_what_a_run_read_goes_for_its_own_text_and_flags_go_before_it(tmp_path: Path, trained: Path, corpus, stories):
+    run, other = shutil.copytree(trained, tmp_path / "run"), str(stories)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "text_column": "story", "streaming": True}))
+    sae, own = MLSAE.from_pretrained(run), str(corpus)
+
+    def text(data: str, **flags: Any) -> TextSource:
+        return commands._text(commands.Evaluate(sae=str(run), **flags), sae, data)
+
+    assert text(own) == TextSource(own, "test", "story", streaming=True)
+    assert text(f"{corpus}/../{corpus.name}") == TextSource(
+        f"{corpus}/../{corpus.name}", "test", "story", streaming=True
+    )
+    assert text(own, text_column="text", skip_bad_rows=True) == TextSource(own, "test", "text", True, True)
+    assert text(own, split="train").split == "train"
+    assert text(other) == TextSource(other, "test")
+    flags = {"text_column": "story", "skip_bad_rows": True, "streaming": True, "split": "all"}
+    assert text(other, **flags) == TextSource(other, "all", "story", True, True)
+    (run / "config.json").unlink()
+    assert text(own) == TextSource(own, "test")
 
 
 def test_json_to_standard_output_is_all_there_is(run: Path, printed: dict[str, str], capfd):

@@ -1,5 +1,6 @@
 """Devices and precisions that are not there, and runs that do not fit, are refused before anything is loaded."""
 
+import contextlib
 import re
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from mlsae import devices, files
 from mlsae.config import LMShape, TrainConfig
 from mlsae.errors import ConfigError, ResourceError
-from mlsae.resolving import resolve
+from mlsae.resolving import resolve, sae_config
+from mlsae.sae import MLSAE
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+SHAPE = LMShape("lm", 3, 64, 32)
 needs_no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 
 
@@ -67,20 +70,21 @@ def test_an_old_accelerator_has_no_bfloat16(monkeypatch, has_bfloat16):
             devices.lm_dtype("bfloat16", cuda)
 
 
+@pytest.mark.parametrize("lens", [None, "lens"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_an_sae_that_memory_cannot_hold_is_refused_with_the_largest_that_fits(monkeypatch, groups):
+def test_an_sae_that_memory_cannot_hold_is_refused_with_the_largest_that_fits(monkeypatch, groups, lens):
     """The factor named does fit, and the next one does not."""
     monkeypatch.setattr(devices, "free_memory", lambda device: 10_000_000)
     with pytest.raises(
         ConfigError, match=r"needs about \d+\.\d GB .*; 0\.0 GB free; largest expansion that fits: \d+"
     ) as caught:
-        devices.check_fits(config(expansion_factor=1000, groups=groups), 64, CPU)
+        devices.check_fits(config(expansion_factor=1000, groups=groups, lens=lens), 64, CPU)
     assert caught.value.field == "expansion_factor"
     largest = int(re.search(r"fits: (\d+)", str(caught.value))[1])
     assert largest > 1
-    devices.check_fits(config(expansion_factor=largest, groups=groups), 64, CPU)
+    devices.check_fits(config(expansion_factor=largest, groups=groups, lens=lens), 64, CPU)
     with pytest.raises(ConfigError):
-        devices.check_fits(config(expansion_factor=largest + 1, groups=groups), 64, CPU)
+        devices.check_fits(config(expansion_factor=largest + 1, groups=groups, lens=lens), 64, CPU)
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(monkeypatch, tmp_path):
@@ -94,6 +98,30 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(monkeypatch, tmp_pat
         devices.check_fits(small, 64, CPU)
     assert str(tmp_path) in str(caught.value)
     assert caught.value.exit_code == 4
+
+
+def test_what_is_counted_of_a_lens_is_what_an_sae_holds_of_it(monkeypatch, tmp_path):
+    """In memory and in each checkpoint; a memory or a disk of just that size is enough, a byte less is not."""
+    plain, lensed = (config(out=str(tmp_path / "run"), expansion_factor=2, lens=lens) for lens in (None, "folder"))
+    bare, held = (MLSAE(sae_config(each, SHAPE)).state_dict() for each in (plain, lensed))
+    n_bytes = sum(held[name].nbytes for name in held.keys() - bare.keys())
+    assert n_bytes == 4 * 3 * 64 * 65
+    trained, saved = 32 * 64 * 128, 24 * 64 * 128
+    for n, configs in ((1, [lensed]), (2, [plain, lensed])):
+        memory = n * trained + n_bytes
+        disk = sum(saved + n_bytes * (each is lensed) for each in configs) * (lensed.keep_checkpoints + 1)
+        for short, error in ((0, None), (1, ConfigError), (2, ResourceError)):
+            monkeypatch.setattr(devices, "free_memory", lambda device, free=memory - (short == 1): free)
+            monkeypatch.setattr(files, "free_bytes", lambda path, free=disk - (short == 2): free)
+            refused = pytest.raises(error) if error is not None else contextlib.nullcontext()
+            with refused:
+                if n == 1:
+                    devices.check_fits(lensed, 64, CPU)
+                else:
+                    devices.check_fit_together(configs, 64, CPU)
+    monkeypatch.setattr(devices, "free_memory", lambda device: n_bytes - 1)
+    with pytest.raises(ConfigError, match=r"\(weights, gradients, Adam, lens\); .* largest expansion that fits: 0$"):
+        devices.check_fits(lensed, 64, CPU)
 
 
 def test_free_memory_is_a_number_this_machine_could_have():

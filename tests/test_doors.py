@@ -16,6 +16,7 @@ MODULES = sorted(str(path.relative_to(SRC)) for path in SRC.rglob("*.py"))
 ROOMS = [
     {"errors", "recipes"},
     {"files", "config", "stopping", "intervals"},
+    {"unpickler"},
     {"untrusted", "resolving", "flags"},
     {
         "textfiles",
@@ -27,10 +28,25 @@ ROOMS = [
         "ops.reference",
         "ops.cpu",
         "ops.gpu",
+        "ops.imported",
         "ops.gpu_kernels",
         "analysis.events",
         "analysis.depth",
     },
+    {"formats.weights"},
+    {"formats.foreign"},
+    {
+        "formats.own",
+        "formats.lawson2024",
+        "formats.saelens",
+        "formats.sparsify",
+        "formats.dictionary_learning",
+        "formats.openai",
+    },
+    {"formats"},
+    {"downloads", "card"},
+    {"publish"},
+    {"fingerprint"},
     {"text", "devices", "sae"},
     {"data", "hub", "losses", "initial", "optimizer", "checkpoint"},
     {"lm", "trainer"},
@@ -46,8 +62,8 @@ ROOMS = [
         "analysis.vocabulary",
     },
     {"analysis.nulls", "analysis.summary", "analysis.example_file"},
-    {"analysis.examples", "analysis.latents"},
-    {"lockstep", "offlayer"},
+    {"analysis.examples", "analysis.latents", "analysis.lawson2024_dists", "analysis.lawson2024_examples"},
+    {"lockstep", "offlayer", "convert"},
     {"analyze"},
     {"analysis.wording"},
     {"analysis.drawing"},
@@ -69,6 +85,8 @@ BESIDE_THE_DOOR = {
     ("analysis/drawing.py", "figure.savefig"): "into a buffer in memory",
     ("analysis/example_file.py", "self._file.write_table"): "into what files.replacing opened",
     ("analysis/latents.py", "pq.write_table"): "into what files.replacing opened",
+    ("analysis/lawson2024_dists.py", "pq.write_table"): "into what files.replacing opened",
+    ("unpickler.py", "torch.load"): "in a process of its own, for untrusted.unpickled",
 }
 """Calls that only look like writing, and why."""
 
@@ -187,6 +205,14 @@ def test_only_untrusted_parses_what_others_wrote(module: str):
         assert places(module, loads) == []
 
 
+def test_pickles_are_read_in_one_place_by_torchs_restricted_unpickler():
+    found = [(module, node) for module in MODULES for node, name in calls(module) if name.endswith("torch.load")]
+    assert [(module, ast.unparse(node)) for module, node in found] == [
+        ("unpickler.py", "torch.load(path, map_location='cpu', weights_only=True)")
+    ]
+    assert [module for module in MODULES if "mlsae.unpickler" in imported(module, everywhere=True)] == ["untrusted.py"]
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -200,8 +226,8 @@ def leaves(handler: ast.ExceptHandler) -> bool:
     return isinstance(handler.body[-1], ast.Raise)
 
 
-SWALLOWS = {("cli.py", "main"), ("hub.py", "_locate_on_hub")}
-"""cli: the outermost frame. hub: any failure of the network is kept and becomes a ModelError if the cache has nothing either."""
+SWALLOWS = {("cli.py", "main"), ("downloads.py", "_ask")}
+"""cli: the outermost frame. downloads: a failure of the network is kept, and is a ModelError if the cache has nothing either."""
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -316,7 +342,11 @@ EXAMINED = {
     "commands.py": {"command.out"},
     "data.py": {"blocks.info.complete"},
     "files.py": {"os.environ.get('MLSAE_CACHE')", "cause.strerror"},
-    "hub.py": {"unreachable", "limit"},  # a limit of 0 positions means that there is none
+    "downloads.py": {"_match(file, safe)"},
+    "formats/__init__.py": {"one.layers"},
+    "formats/lawson2024.py": {"one.layers", "tuple(range(depth))"},
+    "formats/weights.py": {"config.layers", "one.layers"},
+    "hub.py": {"limit"},  # a limit of 0 positions means that there is none
     "lm.py": {"name", "revision"},
     "text.py": {"config", "named", "size"},  # a dataset of 0 rows weighs as one of 1
     "textfiles.py": {"self._waiting"},

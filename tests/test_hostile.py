@@ -8,6 +8,8 @@ import os
 import random
 import re
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +169,29 @@ def test_a_pickle_is_refused_unread_whatever_it_is_named(
         outcome = watched.load(door.reader, place / door.file if door.named else place)
         assert outcome.refused, f"{gadget}: {outcome}"
         shutil.rmtree(place)
+
+
+def test_a_pickle_that_is_asked_for_is_read_by_another_process_and_does_nothing(watched: Watched):
+    """All that this process does is to look at the zip file's list, make a folder, and start one Python, isolated."""
+    path = watched.root / "params.pt"
+    mine = (
+        f"read {path}",
+        f"subprocess.Popen ('{sys.executable}', ['{sys.executable}', '-I', '-B', '-c'",
+        "os.mkdir ('/",
+    )
+    for gadget, data in gadgets(watched.canary).items():
+        path.write_bytes(data)
+        outcome = watched.load("unpickled", path)
+        assert (outcome.kind, outcome.ours) == ("ModelError", True), (gadget, outcome)
+        assert "holds more than tensors, or is damaged" in outcome.message, (gadget, outcome)
+        started = [event for event in outcome.events if event.startswith("subprocess.")]
+        assert len(started) == ("torch" in gadget or gadget == "zip"), (gadget, outcome)
+        own = tempfile.gettempdir() + "/mlsae-"
+        assert all(event.startswith(mine) or own in event for event in outcome.events), (gadget, outcome)
+        assert not watched.canary.exists()
+    torch.save({"W": torch.arange(3.0)}, path)
+    outcome = watched.load("unpickled", path)
+    assert (outcome.kind, outcome.message[-2:]) == ("", "{}"), outcome
 
 
 def test_pickles_beside_good_files_are_left_alone(watched: Watched, good: dict[str, Path], place: Path):

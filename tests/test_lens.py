@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import train_command
+from mlsae import unpickler, untrusted
 from mlsae.cli import main
 from mlsae.config import MLSAEConfig, TrainConfig
 from mlsae.data import TextSource, TokenBlocks
@@ -251,6 +252,16 @@ def test_a_saved_lens_is_the_same_lens(tmp_path: Path, lm: LanguageModel):
     assert all(torch.equal(tensor, lens.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles are read in this process, which saves the start of another; tests of what that one is for do without."""
+
+    def unpickle(path: Path, folder: Path, max_bytes: int) -> None:
+        unpickler.write_answer(folder, max_bytes, lambda: torch.load(path, weights_only=True))
+
+    monkeypatch.setattr(untrusted, "_unpickle", unpickle)
+
+
 def published(folder: Path, lens: TunedLens, **config: Any) -> Path:
     """The folder that the tuned-lens library would have written, translator i for the input of block i."""
     folder.mkdir(exist_ok=True)
@@ -264,7 +275,7 @@ def published(folder: Path, lens: TunedLens, **config: Any) -> Path:
     return folder
 
 
-def test_a_published_translator_belongs_to_the_input_of_its_block(tmp_path: Path, planted):
+def test_a_published_translator_belongs_to_the_input_of_its_block(tmp_path: Path, planted, here: None):
     """Translator 1 is the planted block 1: on what block 0 puts out, it makes what block 1 does. Not so for lawson2024 (D15)."""
     lm, A, c = planted
     lens = TunedLens(LensConfig(d_model=D_MODEL, n_layers=N_LAYERS))
@@ -278,7 +289,7 @@ def test_a_published_translator_belongs_to_the_input_of_its_block(tmp_path: Path
     assert (published2024.weight[0] == 9).all()
 
 
-def test_a_published_lens_goes_by_name_or_by_its_unembedding(tmp_path: Path, lm: LanguageModel, caplog):
+def test_a_published_lens_goes_by_name_or_by_its_unembedding(tmp_path: Path, lm: LanguageModel, caplog, here: None):
     from mlsae.lens import _unembed_hash
 
     lens = random_lens()
@@ -346,12 +357,12 @@ def damaged(folder: Path, kind: str) -> None:
         "type": "'1.weight' is no tensor of floating-point",
         "NaN": "NaN or infinity",
         "singular": "translator of layer 0 is singular",
-        "list": "'0.bias' is missing or unknown",
+        "list": "holds a list where a dictionary of tensors should be",
         "cut": "holds more than tensors, or is damaged",
-        "bomb": "its config allows",
+        "bomb": r"holds \d+ bytes; at most \d+ are read",
     }.items(),
 )
-def test_a_damaged_published_lens_is_refused(tmp_path: Path, lm: LanguageModel, kind: str, words: str):
+def test_a_damaged_published_lens_is_refused(tmp_path: Path, lm: LanguageModel, here: None, kind: str, words: str):
     folder = published(tmp_path / "lens", random_lens())
     damaged(folder, kind)
     with pytest.raises(ModelError, match=words):
@@ -552,6 +563,23 @@ def test_the_command_trains_a_lens_and_names_the_next(tmp_path, lm_folder, corpu
     quality = json.loads((out / "quality.json").read_text())
     assert [row["layer"] for row in quality["layers"]] == [0, 1, 2]
     assert json.loads((tmp_path / "copy.json").read_text()) == quality
+
+
+def test_the_command_reads_rows_as_train_does_and_says_so_again(tmp_path, lm_folder, corpus, capsys):
+    """The same documents in another column, with a row that is none, give the same lens."""
+    stories = tmp_path / "stories"
+    stories.mkdir()
+    for file in corpus.iterdir():
+        rows = [json.dumps({"story": json.loads(line)["text"]}) for line in file.read_text().splitlines()]
+        (stories / file.name).write_text("\n".join([*rows, '{"story": 5}', ""]))
+    for data, flags in ((corpus, ()), (stories, ("--text-column", "story", "--skip-bad-rows"))):
+        named = ["--lm", str(lm_folder), "--data", str(data), *flags, "--split", "test"]
+        assert main(["lens", *named, "--out", str(tmp_path / data.name), "--quiet", "--tokens", "320"]) == 0
+    said = f"Next: mlsae train --lm {lm_folder} --data {stories} --split test --text-column story --skip-bad-rows --out"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "stories/quality.json").read_text() == (tmp_path / corpus.name / "quality.json").read_text()
+    assert main(["lens", *named[:4], "--out", str(tmp_path / "none"), "--quiet"]) == 3
+    assert "story" in capsys.readouterr().err
 
 
 def test_the_command_takes_a_published_lens_as_it_is(tmp_path, lm_folder, corpus, capsys):

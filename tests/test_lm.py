@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-import mlsae.hub
+import mlsae.downloads
 from mlsae.config import LMShape
 from mlsae.errors import ConfigError, DataError, ModelError
 from mlsae.lm import LanguageModel, read_shape
@@ -505,7 +505,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, name: str, error:
     def model_info(*args, **kwargs):
         raise answer(error)
 
-    monkeypatch.setattr(mlsae.hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(mlsae.downloads.HfApi, "model_info", model_info)
     problem = refused(name)
     assert sentence in problem
     assert "hf_secret" not in problem
@@ -517,8 +517,8 @@ def test_gated_files_of_a_listed_repository(monkeypatch: pytest.MonkeyPatch):
 
     files = [{"rfilename": name} for name in ("config.json", "model.safetensors")]
     listing = huggingface_hub.ModelInfo(id="org/lm", sha="a" * 40, siblings=files)
-    monkeypatch.setattr(mlsae.hub.HfApi, "model_info", lambda *args, **kwargs: listing)
-    monkeypatch.setattr(mlsae.hub, "snapshot_download", download)
+    monkeypatch.setattr(mlsae.downloads.HfApi, "model_info", lambda *args, **kwargs: listing)
+    monkeypatch.setattr(mlsae.downloads, "snapshot_download", download)
     assert "is gated" in refused("org/lm")
 
 

@@ -14,7 +14,8 @@ from mlsae import losses
 from mlsae.cli import main
 from mlsae.config import MLSAEConfig, TrainerConfig
 from mlsae.errors import NumericsError
-from mlsae.sae import MLSAE, nonfinite
+from mlsae.formats.weights import nonfinite
+from mlsae.sae import MLSAE
 from mlsae.trainer import Trainer
 from mlsae.untrusted import tensors_metadata
 

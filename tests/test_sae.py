@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, MlsaeError, ModelError
+from mlsae.formats.own import CONFIG_FILE, WEIGHTS_FILE
 from mlsae.reading import Reading
-from mlsae.sae import CONFIG_FILE, MLSAE, WEIGHTS_FILE
+from mlsae.sae import MLSAE
 from mlsae.untrusted import tensors_metadata
 
 torch.set_num_threads(1)
@@ -401,5 +402,5 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder, tmp_pa
 
 
 def test_a_folder_without_an_sae_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match="holds no SAE of a known format"):
         MLSAE.from_pretrained(tmp_path)

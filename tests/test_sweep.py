@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlsae.cli import main
+from mlsae.compare import CompareConfig
 from mlsae.config import TrainConfig
 from mlsae.errors import ConfigError, Interrupted, NumericsError, ResourceError
 from mlsae.evaluate import evaluate
@@ -22,7 +23,9 @@ from mlsae.train import train
 from mlsae.untrusted import read_json, read_jsonl
 from tiny import save_tiny_lm
 
-training = importlib.import_module("mlsae.train")  # the package's own `train` is the function
+training, sweeping = (
+    importlib.import_module(f"mlsae.{name}") for name in ("train", "sweep")
+)  # those of mlsae are functions
 STEPS, BATCH, CONTEXT = 12, 4, 16
 TINY = {
     "tokens": STEPS * BATCH * CONTEXT,
@@ -140,7 +143,8 @@ def test_the_language_model_reads_each_micro_batch_once_however_many_learn(confi
     real, passes = LanguageModel.resid, []
 
     def resid(self, tokens, layers=None):
-        passes.append(tokens)
+        if len(tokens) > 1:  # not the prompt of a fingerprint
+            passes.append(tokens)
         return real(self, tokens, layers)
 
     monkeypatch.setattr(LanguageModel, "resid", resid)
@@ -334,3 +338,52 @@ def test_a_sweep_from_the_shell_trains_evaluates_and_tells(places, lm, tmp_path,
     assert main(command) == 4
     assert main([*command, "--resume"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*/evaluation.json")} == stamps
+
+
+def test_stopped_while_it_evaluates_it_says_how_to_go_on_and_that_works(places, tmp_path, capsys, monkeypatch):
+    flags = {k: v for k, v in {**TINY, **places, "tokens": 256, "evaluate_tokens": 256}.items() if k != "k"}
+    words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    command = ["sweep", *words, "--k", "2", "4", "--out", str(tmp_path / "s"), "--quiet"]
+    real, calls = sweeping.evaluate, []
+
+    def stopped(*what, **how):
+        calls.append(None)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*what, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "evaluate", stopped)
+        assert main(command) == 75
+    assert capsys.readouterr().err == "error: sweep: stopped; nothing half-made is left; --resume continues\n"
+    assert main(command) == 4
+    assert main([*command, "--resume"]) == 0
+    assert len(read_json(tmp_path / "s" / "sweep.json")["arms"]) == 2
+
+
+@pytest.mark.parametrize("name", ["sweep", "compare", "reproduce"])
+def test_stopped_before_there_is_a_checkpoint_the_same_command_begins_anew(places, lm, tmp_path, monkeypatch, name):
+    """And after that, it goes on with --resume, whichever command it is."""
+    module, out = importlib.import_module(f"mlsae.{name}"), str(tmp_path)
+    config = TrainConfig(**{**TINY, **places}, out=out).replaced(n_latents=None)
+    work = {
+        "sweep": lambda: module.sweep(config, lm=lm),
+        "compare": lambda: module.compare(config=two_arms(places, out), lm=lm),
+        "reproduce": lambda: module.reproduce(config, lens=False, rival=False, random_model=False, lm=lm),
+    }[name]
+
+    def stopped(*what, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train_together", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    (tmp_path / "arm" / "step-00000005").mkdir(parents=True)
+    with pytest.raises(Interrupted, match=f"^{name}: stopped; nothing half-made is left; --resume continues$"):
+        work()
+
+
+def two_arms(places, out):
+    return CompareConfig.of(
+        {**TINY, **places, "k": [4], "out": out, "arms": [{"name": "a"}, {"name": "b", "groups": 3}]}
+    )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlsae.analyze import Analysis, analyze
     from mlsae.compare import CompareConfig, Comparison, compare
     from mlsae.config import MLSAEConfig, TrainConfig, TrainerConfig
+    from mlsae.convert import Converted, convert
     from mlsae.data import TokenBlocks, pack
     from mlsae.errors import (
         ConfigError,
@@ -42,6 +43,7 @@ __all__ = [
     "CompareConfig",
     "Comparison",
     "ConfigError",
+    "Converted",
     "DataError",
     "Evaluation",
     "Interrupted",
@@ -66,6 +68,7 @@ __all__ = [
     "analysis",
     "analyze",
     "compare",
+    "convert",
     "evaluate",
     "evaluate_lens",
     "off_layer_matrix",
@@ -80,6 +83,7 @@ _MODULES = {
     "analyze": ("Analysis", "analyze"),
     "compare": ("CompareConfig", "Comparison", "compare"),
     "config": ("MLSAEConfig", "TrainConfig", "TrainerConfig"),
+    "convert": ("Converted", "convert"),
     "data": ("TokenBlocks", "pack"),
     "errors": (
         "ConfigError",

@@ -21,12 +21,12 @@ from mlsae.analysis.layers import LayerStatistics
 from mlsae.analysis.nulls import NullStatistics
 from mlsae.analysis.summary import headlines, nested, summarise
 from mlsae.analysis.vocabulary import Words, words_of
-from mlsae.data import TextSource, TokenBlocks
+from mlsae.data import TextBatch, TextSource, TokenBlocks
 from mlsae.errors import DataError
 from mlsae.evaluate import open_blocks, open_pair, text_batches, token_batches
 from mlsae.intervals import MIN_SHARDS, N_SHARDS, shard_of
 from mlsae.lm import LanguageModel
-from mlsae.reading import read
+from mlsae.reading import Reading, read
 from mlsae.sae import MLSAE
 from mlsae.tokens import Tokenizer
 
@@ -181,46 +181,58 @@ def analyze(
     sae, lm = open_pair(sae, lm)
     activity = prompt_activity(sae, lm, prompt)  # first: a prompt that cannot be read must not cost hours
     blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
-    sizes = (len(sae.layers), sae.config.n_latents)
     means = resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), progress=progress)
-    similarity = AdjacentSimilarity(means, N_SHARDS)
-    statistics = LayerStatistics(*sizes, shards_that_fit(*sizes))
-    by_chance = NullStatistics(*sizes) if nulls else None
-    kept = Examples(*sizes, blocks.context_length, n_top=examples, n_sampled=-(-examples // 2)) if examples else None
-    over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
+    sums = AnalysisSums(sae, means, blocks.context_length, nulls=nulls, examples=examples)
     for batch in text_batches(blocks, tokens, desc="analyze", progress=progress):
-        reading = read(lm, sae, batch.tokens)
-        visible = reading.visible.cpu()
-        with torch.no_grad():
-            code = sae.encode(reading.vectors)
-        documents = batch.documents[visible]
-        statistics.update(code, visible.nonzero()[:, 0], shard_of(documents, statistics.n_shards))
-        similarity.update(sae.lensed(reading.vectors), shard_of(documents))
-        if by_chance is not None:
-            by_chance.update(code)
-        if kept is not None:
-            kept.update(code, visible, batch.blocks.numpy())
-        over_norm += reading.over_norm.cpu()
-    pairs = words = None
-    if directions:
-        centre = statistics.distribution().centre_of_mass
-        pairs = compare_pairs(sae.W_dec, centre, max_gap=min(5.0, max(1.0, sizes[0] - 1.0)), progress=progress)
-        words = words_of(sae, lm, progress=progress)
+        sums.update(sae, read(lm, sae, batch.tokens), batch)
+    centre = sums.statistics.distribution().centre_of_mass if directions else None
     return Analysis(
         layers=sae.layers,
-        statistics=statistics,
-        nulls=by_chance.statistics if by_chance is not None else {},
+        statistics=sums.statistics,
+        nulls=sums.nulls.statistics if sums.nulls is not None else {},
         means=means,
-        similarity=similarity,
-        pairs=pairs,
-        words=words,
-        examples=kept,
+        similarity=sums.similarity,
+        pairs=None if centre is None else _pairs(sae, centre, progress=progress),
+        words=words_of(sae, lm, progress=progress) if directions else None,
+        examples=sums.examples,
         blocks=blocks,
         prompt=activity,
-        masked_by_norm=over_norm.tolist(),
+        masked_by_norm=sums.over_norm.tolist(),
         seconds=time.monotonic() - started,
         tokenizer=lm.tokenizer,
     )
+
+
+class AnalysisSums:
+    """Everything that `analyze` adds up over the text, batch by batch."""
+
+    def __init__(self, sae: MLSAE, means: ResidMeans, context_length: int, *, nulls: bool, examples: int):
+        sizes = (len(sae.layers), sae.config.n_latents)
+        self.similarity = AdjacentSimilarity(means, N_SHARDS)
+        self.statistics = LayerStatistics(*sizes, shards_that_fit(*sizes))
+        self.nulls = NullStatistics(*sizes) if nulls else None
+        n_kept: dict[str, int] = {"n_top": examples, "n_sampled": -(-examples // 2)}
+        self.examples = Examples(*sizes, context_length, **n_kept) if examples else None
+        self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
+
+    @torch.no_grad()
+    def update(self, sae: MLSAE, reading: Reading, batch: TextBatch) -> None:
+        """Add one batch of text."""
+        visible, code = reading.visible.cpu(), sae.encode(reading.vectors)
+        documents = batch.documents[visible]
+        self.statistics.update(code, visible.nonzero()[:, 0], shard_of(documents, self.statistics.n_shards))
+        self.similarity.update(sae.lensed(reading.vectors), shard_of(documents))
+        if self.nulls is not None:
+            self.nulls.update(code)
+        if self.examples is not None:
+            self.examples.update(code, visible, batch.blocks.numpy())
+        self.over_norm += reading.over_norm.cpu()
+
+
+def _pairs(sae: MLSAE, centre_of_mass: Float[Tensor, " n_latents"], *, progress: bool) -> Pairs:
+    """Decoder rows against each other, by difference of depth up to 5 layers or as many as there are."""
+    max_gap = min(5.0, max(1.0, len(sae.layers) - 1.0))
+    return compare_pairs(sae.W_dec, centre_of_mass, max_gap=max_gap, progress=progress)
 
 
 def shards_that_fit(n_layers: int, n_latents: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mlsae import files, untrusted
 from mlsae.config import Config
 from mlsae.errors import ConfigError, ModelError, NumericsError, ResourceError
-from mlsae.sae import nonfinite
+from mlsae.formats.weights import nonfinite
 
 FORMAT_VERSION = 1
 PARTS = ("sae.safetensors", "state.safetensors", "state.json")

@@ -153,7 +153,7 @@ def _check_flags(model: type[Config], arguments: list[str], given: set[str]) -> 
     for flag, field in flags.items():
         if (
             field.is_required()
-            and flag not in ("--sae", "--comparison")
+            and tyro.conf.Positional not in field.metadata
             and flag not in present
             and flag[2:] not in given
         ):
@@ -173,9 +173,20 @@ def _usage_error(shown: str, model: type[Config], arguments: list[str]) -> Confi
         return ConfigError(
             arguments[0], f"'{extra.group(1).strip()}' is not understood; see mlsae {arguments[0]} --help"
         )
-    if "comparison" in model.model_fields:
-        return ConfigError("comparison", "missing; name its YAML file")
-    return ConfigError("sae", "missing; name a run directory, an SAE folder or a Hub id")
+    positional = [name for name, field in model.model_fields.items() if tyro.conf.Positional in field.metadata]
+    n_given = len([*itertools.takewhile(lambda word: not word.startswith("--"), arguments[1:])])
+    name = positional[min(n_given, len(positional) - 1)]
+    return ConfigError(name, f"missing; name {MISSING[name]}")
+
+
+MISSING = {
+    "comparison": "its YAML file",
+    "out": "a new folder to write",
+    "repo": "a repository of yours on the Hub, user/name",
+    "sae": "a run directory, an SAE folder or a Hub id",
+    "source": "an SAE folder or a Hub id",
+}
+"""What stands in place of a flag, in words."""
 
 
 def _allowed(annotation: Any) -> str:

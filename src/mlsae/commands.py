@@ -7,7 +7,21 @@ from typing import Any
 
 from mlsae.config import Config, TrainConfig
 from mlsae.errors import ConfigError
-from mlsae.flags import Analyze, Compare, Demo, Evaluate, FitLens, Info, Output, Reproduce, SweepGrid, Train
+from mlsae.flags import (
+    Analyze,
+    Compare,
+    Convert,
+    Demo,
+    Evaluate,
+    FitLens,
+    Info,
+    Output,
+    Push,
+    Reproduce,
+    Rows,
+    SweepGrid,
+    Train,
+)
 
 
 def run_demo(command: Demo) -> tuple[Any, str]:
@@ -57,7 +71,6 @@ def run_evaluate(command: Evaluate) -> tuple[Any, str]:
         data,
         tokens=command.tokens,
         splice_tokens=command.splice_tokens,
-        split=command.split,
         context_length=command.context_length,
         progress=not command.quiet,
     )
@@ -86,7 +99,6 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
         lm,
         data,
         tokens=command.tokens,
-        split=command.split,
         context_length=command.context_length,
         prompt=PROMPT if command.prompt is None else command.prompt,
         nulls=command.nulls,
@@ -118,24 +130,27 @@ def run_lens(command: FitLens) -> tuple[Any, str]:
     files.probe_writable(Path(command.out))
     lm = LanguageModel.from_pretrained(command.lm)
     reading: dict[str, Any] = {"context_length": command.context_length, "progress": not command.quiet}
-    held_out = text_blocks(lm, TextSource(command.data, "validation"), tokens=command.held_out_tokens, **reading)
+    rows = {name: getattr(command, name) for name in Rows.model_fields}
+    held_out = text_blocks(
+        lm, TextSource(command.data, "validation", **rows), tokens=command.held_out_tokens, **reading
+    )
     if command.published is not None:
         lens = TunedLens.load(command.published, lm, allow_pickle=True)
     else:
-        lens = train_lens(lm, command.data, tokens=command.tokens, seed=command.seed, **reading)
+        source = TextSource(command.data, command.split, **rows)
+        lens = train_lens(lm, source, tokens=command.tokens, seed=command.seed, **reading)
     lens.save(command.out)
     quality = evaluate_lens(lens, lm, held_out, tokens=command.held_out_tokens, progress=not command.quiet)
     files.write_json(Path(command.out) / "quality.json", quality.to_dict())
-    rows = [
-        [f"{row['layer']}", *(f"{value:.3f}" for value in list(row.values())[1:])] for row in thinned(quality.layers)
-    ]
-    table = [["layer", "logit-lens KL", "tuned-lens KL", "condition"], *rows]
-    named = " ".join(f"--{name} {shlex.quote(getattr(command, name))}" for name in ("lm", "data"))
+    shown = [(row["layer"], list(row.values())[1:]) for row in thinned(quality.layers)]
+    table = [["layer", "logit-lens KL", "tuned-lens KL", "condition"]]
+    table += [[f"{layer}", *(f"{value:.3f}" for value in values)] for layer, values in shown]
+    named = _again(command, "lm", "data", "split", *Rows.model_fields)
     return quality, "\n".join(
         [
             *("  ".join(f"{cell:>13}" for cell in cells) for cells in table),
             f"{command.out}/lens.safetensors",
-            f"Next: mlsae train {named} --out RUN --lens {shlex.quote(command.out)}",
+            f"Next: mlsae train{named} --out RUN --lens {shlex.quote(command.out)}",
         ]
     )
 
@@ -191,6 +206,34 @@ def run_compare(command: Compare) -> tuple[Any, str]:
     return done, "\n".join([done.table(), f"{done.directory}/comparison.json", f"{done.directory}/figures/pareto.png"])
 
 
+def run_convert(command: Convert) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae.convert import convert
+
+    options = command.model_dump(exclude={"source", "out", *Output.model_fields})
+    done = convert(command.source, command.out, **options)
+    more = f" and {len(done.folders) - 1} more" if len(done.folders) > 1 else ""
+    return done, f"{done.folders[0]}{more}\nReconstructions of fixed vectors differ by {done.difference:.1e} at most."
+
+
+def run_push(command: Push) -> tuple[Any, str]:
+    """Returns the result and what to print; where to, and which files, is said before they leave."""
+    import sys
+
+    from mlsae.sae import MLSAE
+
+    def tell(planned: Any) -> None:
+        if not command.dry_run:
+            print(planned.table(), file=sys.stderr)
+
+    options = command.model_dump(exclude={"sae", "repo", *Output.model_fields})
+    run = _run_directory(command.sae)
+    done = MLSAE.from_pretrained(command.sae).push_to_hub(command.repo, run=run, tell=tell, **options)
+    if command.dry_run:
+        return done, f"Nothing is uploaded. It would be:\n{done.table()}\n\n{done.card}"
+    return done, f"{done.url}\ncommit {done.commit}"
+
+
 def run_info(command: Info) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae.info import info
@@ -199,7 +242,17 @@ def run_info(command: Info) -> tuple[Any, str]:
     return found, str(found)
 
 
-def _named(command: Evaluate | Analyze) -> tuple[Any, str, str]:
+def _again(command: Config, *names: str) -> str:
+    """The flags that say these fields of a command once more, but for what needs no saying."""
+    said = ""
+    for name in names:
+        if (value := getattr(command, name)) != type(command).model_fields[name].default:
+            flag = "--" + name.replace("_", "-")
+            said += f" {flag}" if value is True else f" {flag} {shlex.quote(str(value))}"
+    return said
+
+
+def _named(command: Evaluate | Analyze) -> tuple[Any, str, Any]:
     """The SAE, and the language model and text that were named, or else those it was trained with."""
     from mlsae.sae import MLSAE
 
@@ -210,7 +263,23 @@ def _named(command: Evaluate | Analyze) -> tuple[Any, str, str]:
         raise ConfigError("lm", "the SAE does not say what it was trained on; give --lm")
     if data is None:
         raise ConfigError("data", "the SAE does not say what it was trained on; give --data")
-    return sae, lm, data
+    return sae, lm, _text(command, sae, data)
+
+
+def _text(command: Evaluate | Analyze, sae: Any, data: str) -> Any:
+    """The part of the text to judge by; the text that a run was trained on is read as the run read it."""
+    from mlsae import untrusted
+    from mlsae.evaluate import held_out_split, trained_on
+    from mlsae.text import TextSource
+
+    run, rows = _run_directory(command.sae), Rows()
+    if run is not None and (run / "config.json").is_file() and trained_on(sae, data):
+        known = untrusted.read_json(run / "config.json")
+        rows = Rows(**{name: known[name] for name in Rows.model_fields if name in known})
+    column = rows.text_column if command.text_column is None else command.text_column
+    skip_bad_rows, streaming = command.skip_bad_rows | rows.skip_bad_rows, command.streaming | rows.streaming
+    split = held_out_split(sae, data, streaming=streaming) if command.split is None else command.split
+    return TextSource(data, split, column, skip_bad_rows, streaming)
 
 
 def _run_directory(sae: str) -> Path | None:
@@ -238,6 +307,8 @@ COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
     "sweep": (SweepGrid, run_sweep),
     "compare": (Compare, run_compare),
     "reproduce": (Reproduce, run_reproduce),
+    "convert": (Convert, run_convert),
+    "push": (Push, run_push),
     "info": (Info, run_info),
 }
 HELP = """usage: mlsae COMMAND ...
@@ -252,6 +323,8 @@ Train one sparse autoencoder on every layer of a language model, and see where i
   sweep      several k, sizes and seeds off one reading of the text
   compare    kinds of SAE at equal budget, set beside each other
   reproduce  every figure of the paper, on any language model
+  convert    an SAE from one library's files into another's
+  push       an SAE and its model card onto the Hugging Face Hub
   info       what is installed, and who computes the sparse operations
 
 mlsae COMMAND --help says more. Start with: mlsae demo

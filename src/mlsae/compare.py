@@ -19,6 +19,7 @@ from mlsae.lm import LanguageModel, read_shape
 from mlsae.lockstep import Trained, of_arm, train_together
 from mlsae.offlayer import OffLayer, off_layer_matrix
 from mlsae.resolving import resolve
+from mlsae.stopping import resumable
 from mlsae.sweep import EVALUATE_TOKENS, QUALITY, Result, aligned, held_out, judged
 
 Match = Literal["latents", "parameters", "flops", "vectors"]
@@ -140,6 +141,7 @@ class Comparison:
         return {"directory": self.directory, "rows": rows, "off_layer": matrices, "seconds": self.seconds}
 
 
+@resumable
 def compare(
     config: CompareConfig, *, resume: bool = False, progress: bool = True, lm: LanguageModel | None = None
 ) -> Comparison:

@@ -123,8 +123,10 @@ class MLSAEConfig(DictionaryFields):
     """SHA-256 that tells this language model's tokenizer from others."""
     lens: str | None = None
     """Where the tuned lens before the frame came from; its maps are among the weights. None: there is none."""
-    activation: Literal["topk"] = "topk"
-    """The k largest pre-activations, then ReLU."""
+    activation: Literal["topk", "jumprelu"] = "topk"
+    """`topk`: the k largest pre-activations, then ReLU; `jumprelu`, of imported SAEs: those above a threshold, at most k."""
+    latent_bias: bool = False
+    """Each latent adds a bias to its pre-activation, as in SAEs of other libraries."""
     format_version: Literal[1] = 1
     """Version of this file's layout."""
 

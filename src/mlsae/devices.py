@@ -16,6 +16,8 @@ TRAINING_BYTES = 32
 """Bytes of training state for each entry of one weight matrix: two matrices, each with gradient and two moments, in float32."""
 CHECKPOINT_BYTES = 24
 """Bytes on disk for the same: two matrices, each with two moments."""
+LENS_BYTES = 4
+"""Bytes of each entry of a tuned lens, which is not trained: in memory, and in every checkpoint."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -70,16 +72,16 @@ def lm_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def check_fits(config: TrainConfig, d_model: int, device: torch.device) -> None:
     """Refuse an SAE that memory or the output's disk cannot hold. `config` is resolved."""
-    entries = (config.n_latents or 0) * d_model
-    needed, free = TRAINING_BYTES * entries, free_memory(device)
+    needed, free = _training_bytes(config, d_model), free_memory(device)
     if needed > free:
-        largest = int(free / TRAINING_BYTES / d_model**2 / config.groups)
+        left = max(0, free - _lens_bytes(config, d_model))
+        largest = int(left / TRAINING_BYTES / d_model**2 / config.groups)
         raise ConfigError(
             "expansion_factor",
-            f"needs about {needed / 1e9:.1f} GB (weights, gradients, Adam); {free / 1e9:.1f} GB free; "
+            f"needs about {needed / 1e9:.1f} GB ({_held(config)}); {free / 1e9:.1f} GB free; "
             f"largest expansion that fits: {largest}",
         )
-    needed, free = CHECKPOINT_BYTES * entries * (config.keep_checkpoints + 1), files.free_bytes(Path(config.out))
+    needed, free = _checkpoints_bytes(config, d_model), files.free_bytes(Path(config.out))
     if needed > free:
         raise ResourceError(
             "out",
@@ -92,22 +94,41 @@ def check_fit_together(configs: Sequence[TrainConfig], d_model: int, device: tor
     """Refuse SAEs that each fit and all together do not. The configs are resolved."""
     for config in configs:
         check_fits(config, d_model, device)
-    entries = [(config.n_latents or 0) * d_model for config in configs]
-    needed, free = TRAINING_BYTES * sum(entries), free_memory(device)
+    needed, free = sum(_training_bytes(config, d_model) for config in configs), free_memory(device)
     if needed > free:
+        held = max(map(_held, configs), key=len)
         raise ConfigError(
             "arms",
-            f"{len(configs)} SAEs at once need about {needed / 1e9:.1f} GB (weights, gradients, Adam); {free / 1e9:.1f} GB free; "
+            f"{len(configs)} SAEs at once need about {needed / 1e9:.1f} GB ({held}); {free / 1e9:.1f} GB free; "
             "train fewer at once",
         )
-    kept = [CHECKPOINT_BYTES * n * (config.keep_checkpoints + 1) for n, config in zip(entries, configs, strict=True)]
-    needed, free = sum(kept), files.free_bytes(Path(configs[0].out))
+    needed = sum(_checkpoints_bytes(config, d_model) for config in configs)
+    free = files.free_bytes(Path(configs[0].out))
     if needed > free:
         raise ResourceError(
             "out",
             f"checkpoints of {len(configs)} SAEs need {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free at {configs[0].out}; "
             "free some space or choose another --out",
         )
+
+
+def _training_bytes(config: TrainConfig, d_model: int) -> int:
+    return TRAINING_BYTES * (config.n_latents or 0) * d_model + _lens_bytes(config, d_model)
+
+
+def _checkpoints_bytes(config: TrainConfig, d_model: int) -> int:
+    """Of as many as there are at once: the newest is written before the oldest goes."""
+    one = CHECKPOINT_BYTES * (config.n_latents or 0) * d_model + _lens_bytes(config, d_model)
+    return one * (config.keep_checkpoints + 1)
+
+
+def _lens_bytes(config: TrainConfig, d_model: int) -> int:
+    """A matrix and a bias for each layer."""
+    return 0 if config.lens is None else LENS_BYTES * len(config.layers or ()) * d_model * (d_model + 1)
+
+
+def _held(config: TrainConfig) -> str:
+    return "weights, gradients, Adam" + ("" if config.lens is None else ", lens")
 
 
 def peak_memory(device: torch.device) -> int:

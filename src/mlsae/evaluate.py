@@ -134,10 +134,14 @@ def open_blocks(
     return text_blocks(lm, data, tokens=tokens, context_length=context_length, progress=progress)
 
 
-def held_out_split(sae: MLSAE, data: str) -> str:
+def held_out_split(sae: MLSAE, data: str, *, streaming: bool = False) -> str:
     """`test` for the text the SAE was trained on and for data that names such a split, else `all`."""
-    trained_on = sae.config.data is not None and Path(sae.config.data).resolve() == Path(data).resolve()
-    return "test" if trained_on or "test" in TextSource(data).named_splits() else "all"
+    return "test" if trained_on(sae, data) or "test" in TextSource(data, streaming=streaming).named_splits() else "all"
+
+
+def trained_on(sae: MLSAE, data: str) -> bool:
+    """Whether this is the text that the SAE was trained on, however its path is spelled."""
+    return sae.config.data is not None and Path(sae.config.data).resolve() == Path(data).resolve()
 
 
 def token_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool) -> Iterator[Int[Tensor, "batch pos"]]:

@@ -95,6 +95,19 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
     write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
+def save_pickle(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace `path` by what `torch.load` reads, durably: for the formats of others that have no other file."""
+    import torch
+
+    def whole(value: Any) -> Any:  # a view would take all that it is a view of with it
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+    with replacing(path) as file:
+        torch.save({name: whole(value) for name, value in values.items()}, file)
+
+
 @contextlib.contextmanager
 def staged_directory(target: Path) -> Generator[Path]:
     """A hidden folder beside `target` to fill; on a clean exit it is synced and renamed to `target`, else removed."""

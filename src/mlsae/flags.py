@@ -5,7 +5,8 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from mlsae.config import Config, Materials, Positive, TrainConfig
+from mlsae.config import Config, Layers, Materials, Positive, TrainConfig
+from mlsae.recipes import FormatName
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Sae = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
@@ -42,6 +43,17 @@ class Train(Output, TrainConfig):
     """Go on from the newest checkpoint in the run directory."""
 
 
+class Rows(Config):
+    """How rows become text; the fields of TrainConfig."""
+
+    text_column: str = "text"
+    """Column or key that holds the text."""
+    skip_bad_rows: bool = False
+    """Count rows whose text is no string instead of stopping."""
+    streaming: bool = False
+    """Read the text, a Hub dataset row by row, only as far as `tokens` needs."""
+
+
 class Reader(Config):
     """What evaluate and analyze read."""
 
@@ -53,6 +65,12 @@ class Reader(Config):
     """Text file, folder or Hub dataset; None: the text the SAE was trained on."""
     split: str | None = None
     """Part of the data; None: what was held out from training, or all of any other text."""
+    text_column: str | None = None
+    """Column or key that holds the text; None: the run's, of the text it was trained on, else text."""
+    skip_bad_rows: bool = False
+    """Count rows whose text is no string instead of stopping; a run that did so does so again with its text."""
+    streaming: bool = False
+    """Read the text, a Hub dataset row by row, only as far as `tokens` needs; as the run did with its text."""
     context_length: Positive | None = None
     """Tokens in a sequence; None: 2048 or the language model's limit."""
 
@@ -83,7 +101,7 @@ class Analyze(Output, Reader):
     """Strongest contexts to keep for every latent and layer, and half as many at random; 0: none."""
 
 
-class FitLens(Output, Materials):
+class FitLens(Output, Rows, Materials):
     """Train a tuned lens, the map of each layer that best foretells what the model says, to put before an SAE."""
 
     out: str
@@ -92,6 +110,8 @@ class FitLens(Output, Materials):
     """Tokens to train on; past the end of the text it starts again."""
     held_out_tokens: Positive = 20_000
     """Tokens of the validation part to judge it by."""
+    split: str = "train"
+    """Part of the data to train on: a split it has, or `all`; data without splits is divided by document 96/2/2."""
     context_length: Positive | None = None
     """Tokens in a sequence; None: 2048 or the language model's limit."""
     seed: int = 42
@@ -157,6 +177,48 @@ class Compare(Output):
     """Folder to write; None: the file's."""
     resume: bool = False
     """Go on with the comparison in that folder."""
+
+
+class Convert(Output):
+    """Write an SAE in the files of another library, and check that both give the same outputs."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """SAE folder or Hub id, whatever library wrote it, or a folder of folders, one for each layer."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """New folder to write."""
+    to: FormatName = "mlsae"
+    """Format to write; one with a dictionary for each layer gets a folder for each."""
+    lm: str | None = None
+    """Language model that the SAE reads, where its files do not say."""
+    layers: Layers | None = None
+    """Layers that it reads, where its files do not say."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    allow_pickle: bool = False
+    """Read files that are pickles, in a process of its own and nothing but tensors and numbers of them."""
+
+
+class Push(Output):
+    """Put an SAE on the Hugging Face Hub with a model card: what it is, how it was trained, how good it is, how to use it."""
+
+    sae: Sae
+    """Run directory, SAE folder or Hub id."""
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="USER/NAME")]
+    """Repository on the Hub; it is made if it is not there."""
+    to: FormatName = "mlsae"
+    """Format to write; one with a dictionary for each layer gets a folder for each."""
+    private: bool = False
+    """Make the repository private."""
+    revision: str | None = None
+    """Branch; None: main."""
+    license: str | None = None
+    """Licence as the Hub spells it, such as mit or cc-by-4.0; None: the card says that none was chosen."""
+    lm: str | None = None
+    """The Hub's name of the language model, where the SAE was trained on one in a folder: names of folders are left out."""
+    data: str | None = None
+    """The Hub's name of the text, likewise."""
+    dry_run: bool = False
+    """Only list what would be uploaded, and show the card; nobody is asked."""
 
 
 class Info(Output):

@@ -1,36 +1,24 @@
 """A Hugging Face model's files, found and loaded without running code from them or reading a pickle.
 
-transformers never sees a config.json that was not walked first; what the Hub answers becomes one sentence.
+transformers never sees a config.json that was not walked first; downloads.py brings what is on the Hub.
 """
 
-import contextlib
 import logging
 import os
-import re
-from collections.abc import Generator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from mlsae.config import LMShape
-from mlsae.errors import ModelError, did_you_mean, printable
+from mlsae.downloads import fetch
+from mlsae.errors import ModelError, printable
 from mlsae.untrusted import check_header, read_json
 
 _PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b")
@@ -54,7 +42,6 @@ _INERT_KEYS = (
     *("_name_or_path", "_model_name_or_path", "_commit_hash", "_num_labels", "_sliding_window_pattern"),
     *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_from_model_config"),
 )
-_REVISION = re.compile(r"\w[\w./-]*")
 _log = logging.getLogger(__name__)
 
 
@@ -72,62 +59,21 @@ def locate(name: str, revision: str | None, *, weights: bool) -> Source:
     """Find a model in a folder, on the Hub or, where that cannot be reached, in its cache; without `weights`, only its config."""
     folder = Path(os.path.expanduser(name))
     if not os.path.isdir(folder):  # which, unlike Path's, says no to a name that is too long
-        return _locate_on_hub(name, revision, FILES if weights else ("config.json", INDEX))
-    _check_files(name, [path.name for path in folder.iterdir()])
+        found = fetch(
+            "model",
+            name,
+            revision,
+            FILES if weights else ("config.json", INDEX),
+            check=lambda sizes: _check_files(name, sizes),
+            needed=("config.json",),
+            known=_WELL_KNOWN,
+        )
+        return Source(name, found, found.name)
+    _check_files(name, {path.name for path in folder.iterdir()})
     return Source(str(folder), folder, None)
 
 
-def _locate_on_hub(name: str, revision: str | None, patterns: Sequence[str]) -> Source:
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise ModelError("model", f"'{printable(revision)}' is no revision; name a branch, tag or commit")
-    unreachable = None
-    with _hub_errors(name, revision):
-        try:
-            info = HfApi().model_info(name, revision=revision, timeout=10)
-            _check_files(name, [file.rfilename for file in info.siblings or []])
-        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, ModelError):
-            raise
-        except Exception as error:  # no network, a proxy, a busy server: types differ between versions of the client
-            unreachable = error
-        offline = unreachable is not None
-        try:
-            folder = Path(
-                snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=list(patterns))
-            )
-        except LocalEntryNotFoundError as error:
-            raise _not_cached(name, unreachable or error) from error
-    if not (folder / "config.json").is_file():
-        raise _not_cached(name, unreachable or FileNotFoundError())
-    return Source(name, folder, folder.name if folder.parent.name == "snapshots" else revision)
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str, revision: str | None) -> Generator[None]:
-    """Answers of the Hub as the one sentence a user can act on; their own text may quote a token, so it is left out."""
-    name = printable(name)
-    login = "run 'hf auth login'"
-    try:
-        yield
-    except GatedRepoError:
-        raise ModelError("model", f"'{name}' is gated; ask for access on huggingface.co/{name} and {login}") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        hint = did_you_mean(name, _WELL_KNOWN) or f"; check the name, or {login} if it is private"
-        raise ModelError("model", f"'{name}' not found on the Hub or as a folder{hint}") from None
-    except RevisionNotFoundError:
-        raise ModelError("model", f"'{name}' has no revision '{revision}'; name a branch, tag or commit") from None
-    except (EntryNotFoundError, HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
-            raise  # this machine's fault, not the network's
-        raise ModelError("model", f"'{name}' cannot be read from the Hub ({type(error).__name__}); try again") from None
-
-
-def _not_cached(name: str, unreachable: Exception) -> ModelError:
-    offline = isinstance(unreachable, OfflineModeIsEnabled)
-    why = "offline mode is on" if offline else f"the Hub cannot be reached ({type(unreachable).__name__})"
-    return ModelError("model", f"'{name}' is not in the local cache and {why}; run 'hf download {name}' while online")
-
-
-def _check_files(name: str, files: Sequence[str]) -> None:
+def _check_files(name: str, files: Iterable[str]) -> None:
     name = printable(name)
     if "config.json" not in files:
         raise ModelError("model", f"'{name}' has no config.json; name a language model in Hugging Face format")

@@ -6,9 +6,10 @@
 trained behind a lens (`TrainConfig.lens`) sees every layer in a common space.
 """
 
+import glob
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mlsae import files, untrusted
 from mlsae.config import Config
 from mlsae.data import TextSource, TokenBlocks
+from mlsae.downloads import fetch
 from mlsae.errors import DataError, ModelError, NumericsError, printable
 from mlsae.frames import Lens
 from mlsae.lm import LanguageModel
@@ -92,7 +94,7 @@ class TunedLens(Lens):
 
         Args:
             lm: the model it is for, against which it is checked; None: no questions asked.
-            allow_pickle: read a published lens, which is a pickle, through torch's reader that admits tensors only.
+            allow_pickle: read a published lens, which is a pickle, in a process of its own (`untrusted.unpickled`).
             alignment: a published translator i belongs to the input of block i, and so to the output of block i - 1; the code
                 of lawson2024 takes it for the output of block i (defect D15).
 
@@ -164,20 +166,17 @@ def _find_published(name: str) -> Path:
         raise ModelError(
             "lens", f"'{name}' holds neither {LENS_FILE} nor {' with '.join(PUBLISHED)}; name another folder"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    there = f"lens/{name}"
 
-    try:
-        wanted = [f"lens/{name}/{file}" for file in PUBLISHED]
-        root = Path(snapshot_download(PUBLISHED_SPACE, repo_type="space", allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            "lens", f"'{name}' is no folder and {PUBLISHED_SPACE} cannot be read; check the name"
-        ) from error
-    folder = files.contained(root, f"lens/{name}")
-    if not all((folder / file).is_file() for file in PUBLISHED):
-        raise ModelError("lens", f"{PUBLISHED_SPACE} has no lens of '{printable(name)}'; train one with mlsae lens")
-    return folder
+    def check(sizes: Mapping[str, int]) -> None:
+        if any(f"{there}/{file}" not in sizes for file in PUBLISHED):
+            problem = f"'{printable(name)}' is no folder, and {PUBLISHED_SPACE} has no lens of that name"
+            raise ModelError("lens", f"{problem}; train one with mlsae lens")
+
+    wanted = [f"{there}/{file}" for file in PUBLISHED]
+    patterns = [glob.escape(file) for file in wanted]
+    root = fetch("lens", PUBLISHED_SPACE, None, patterns, kind="space", check=check, needed=wanted)
+    return files.contained(root, there)
 
 
 def _check_sizes(where: Path, config: LensConfig, lm: LanguageModel) -> None:

@@ -43,8 +43,9 @@ def dictionary(sae: MLSAE, group: int) -> MLSAE:
     with torch.device("meta"):
         alone = MLSAE(sae.config.replaced(groups=1, n_latents=size))
     own = slice(group * size, (group + 1) * size)
-    weights = {"W_enc": sae.W_enc.detach()[own], "W_dec": sae.W_dec.detach()[own], "b_pre": sae.biases.detach()[group]}
-    alone.load_state_dict({**sae.state_dict(), **weights}, assign=True)
+    state = sae.state_dict()
+    weights = {name: state[name][own] for name in ("W_enc", "W_dec", "b_enc", "threshold") if name in state}
+    alone.load_state_dict({**state, **weights, "b_pre": sae.biases.detach()[group]}, assign=True)
     return alone.requires_grad_(False).eval()
 
 

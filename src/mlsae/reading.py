@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mlsae import fingerprint
 from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import ConfigError, DataError, ModelError
 from mlsae.lm import LanguageModel
@@ -132,3 +133,4 @@ def check_pair(lm: LanguageModel, sae: MLSAE) -> None:
     theirs, ours = lm.tokenizer.fingerprint, config.tokenizer_fingerprint
     if ours is not None and ours != theirs:
         raise ModelError("sae", f"was trained with tokenizer {ours[:12]}; {lm.name} has {theirs[:12]}; use {config.lm}")
+    fingerprint.check_lm(sae, lm, sae.fingerprint)

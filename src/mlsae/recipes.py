@@ -5,6 +5,7 @@ from typing import Literal
 
 FrameName = Literal["layer", "vector", "none"]
 RecipeName = Literal["standard", "lawson2024"]
+FormatName = Literal["mlsae", "lawson2024", "saelens", "sparsify", "dictionary-learning", "openai"]
 PrecisionName = Literal["float32", "bfloat16", "float16"]
 
 

@@ -22,6 +22,7 @@ from mlsae.errors import ConfigError
 from mlsae.lens import evaluate_lens, train_lens
 from mlsae.lm import LanguageModel
 from mlsae.lockstep import train_together
+from mlsae.stopping import resumable
 from mlsae.sweep import EVALUATE_TOKENS, MAX_RECORD_BYTES, Result, aligned, held_out, judged
 from mlsae.text import TextSource
 from mlsae.train import Run, load_lm
@@ -68,6 +69,7 @@ class Reproduction:
 HEAD = ("arm", "k", "R", "FVU", "ΔCE", "within/(within+token)", "published", "layers/event", "layers/latent")
 
 
+@resumable
 def reproduce(
     config: TrainConfig,
     *,

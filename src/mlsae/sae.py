@@ -7,23 +7,26 @@ frame, that layer's own mean and scale, and, behind a tuned lens, that layer's t
 and the last step its inverse. `encode` and `decode` are in the residual stream, their `_lensed` kin and the loss behind the lens.
 """
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mlsae import files, ops, untrusted
+from mlsae import fingerprint, formats, ops
 from mlsae.config import Impl, MLSAEConfig
 from mlsae.errors import ConfigError, ModelError
+from mlsae.formats.weights import Weights
 from mlsae.frames import Frame, Lens
+from mlsae.ops import imported
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+if TYPE_CHECKING:
+    from mlsae.lm import LanguageModel
+    from mlsae.publish import Push
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Code:
     """The k active latents of every residual vector, and what the frame needs to land back in the residual stream."""
 
     values: Float[Tensor, "layer *batch k"]
-    """Activations, >= 0, in the frame's units."""
+    """Activations, >= 0, in the frame's units; with thresholds, as many as the fullest vector has."""
     indices: Int[Tensor, "layer *batch k"]
     """Latent ids in [0, n_latents); an entry whose value is 0 is not active."""
     shift: Float[Tensor, "#layer *#batch #d_model"]
@@ -46,7 +49,7 @@ class Code:
     def to_dense(self) -> Float[Tensor, "layer *batch n_latents"]:
         """All activations, zeros included: for small things only."""
         dense = self.values.new_zeros(*self.values.shape[:-1], self.n_latents)
-        return dense.scatter_(-1, self.indices, self.values)
+        return dense.scatter_add_(-1, self.indices, self.values)  # a wider code than a vector needs repeats latent 0
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,18 @@ class MLSAE(nn.Module):
         self.W_enc = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach()))
         self.b_pre = nn.Parameter(torch.zeros(shape[1:] if config.groups == 1 else (config.groups, config.d_model)))
+        self.b_enc = nn.Parameter(torch.zeros(config.n_latents)) if config.latent_bias else None
+        self.threshold: Tensor | None
+        """What an active latent's pre-activation exceeds; None: the k largest are active."""
+        self.register_buffer("threshold", torch.zeros(config.n_latents) if config.activation == "jumprelu" else None)
         n_layers = len(config.layers or ())
         self.frame = Frame(config.frame, n_layers, config.d_model)
         self.lens = None if config.lens is None else Lens(self.layers, config.d_model)
         self.norm_limit: Tensor
         """Tokens whose norm exceeds this at any layer are masked; infinite when off."""
         self.register_buffer("norm_limit", torch.full((n_layers,), torch.inf))
+        self.fingerprint: dict[str, Any] | None = None
+        """What was saved with the weights, or None, if these were never saved."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -136,13 +145,32 @@ class MLSAE(nn.Module):
         shift, scale = self.frame.shift_and_scale(resid, rows)
         codes = []
         for part in self.parts(rows):
-            W_enc = self.of(part, self.W_enc)
-            values, indices = self.encode_part(resid, shift, scale, part, W_enc, self.config.k, impl)
+            if self.foreign_encoder:
+                values, indices = self._encode_imported(resid, shift, scale, part)
+            else:
+                values, indices = self.encode_part(
+                    resid, shift, scale, part, self.of(part, self.W_enc), self.config.k, impl
+                )
             codes.append((values, indices + part.latents.start if part.latents.start else indices))
+        width = max(values.shape[-1] for values, _ in codes)
         values, indices = (
-            joined(tensors).view(*resid.shape[:-1], self.config.k) for tensors in zip(*codes, strict=True)
+            joined([imported.widened(each, width) for each in tensors]).view(*resid.shape[:-1], width)
+            for tensors in zip(*codes, strict=True)
         )
         return Code(values, indices, shift, scale, tuple(rows), self.config.n_latents)
+
+    @property
+    def foreign_encoder(self) -> bool:
+        """Whether its encoder is one that is not trained here: with a bias for each latent, or thresholds."""
+        return not (self.b_enc is None and self.threshold is None)
+
+    def _encode_imported(
+        self, resid: Tensor, shift: Tensor, scale: Tensor, part: "Part"
+    ) -> tuple[Float[Tensor, "part token width"], Int[Tensor, "part token width"]]:
+        x = self.frame.apply_to(part.of(resid), part.of(shift), part.of(scale)) - self.biases[part.group]
+        b_enc, threshold = (None if each is None else each[part.latents] for each in (self.b_enc, self.threshold))
+        values, indices = imported.encode(x.flatten(0, -2), self.of(part, self.W_enc), b_enc, threshold, self.config.k)
+        return values.view(part.n_layers, -1, values.shape[-1]), indices.view(part.n_layers, -1, values.shape[-1])
 
     def encode_part(
         self, resid: Tensor, shift: Tensor, scale: Tensor, part: "Part", W_enc: Tensor, k: int, impl: Impl
@@ -251,16 +279,55 @@ class MLSAE(nn.Module):
             )
         return [self.layers.index(layer) for layer in named]
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, which holds the config too: the files of two SAEs cannot be mixed.
+    def save_pretrained(self, directory: str | Path, *, lm: "LanguageModel | None" = None) -> None:
+        """Write `config.json` and `model.safetensors` with a fingerprint; with `lm`, also of what it is on a fixed prompt of it.
 
         Weights that are not finite are refused.
         """
-        tensors = {name: tensor.float() for name, tensor in self.state_dict().items()}
-        _refuse_nonfinite(tensors, Path(directory))
-        config = self.config.to_dict()
-        files.save_tensors(Path(directory) / WEIGHTS_FILE, tensors, {"config": files.canonical_json(config)})
-        files.write_json(Path(directory) / CONFIG_FILE, config)
+        self.fingerprint = fingerprint.of(self, lm)
+        formats.own.write(replace(self.weights(), fingerprint=self.fingerprint), Path(directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        run: str | Path | None = None,
+        license: str | None = None,  # noqa: A002
+        dry_run: bool = False,
+        **more: Any,
+    ) -> "Push":
+        """Upload it with a model card to `user/name` on the Hub, as one commit; `publish.push` says what is refused.
+
+        Args:
+            private: make the repository private, if it is not there yet.
+            revision: branch; None: main.
+            run: directory of the run that trained it, for the card.
+            license: as the Hub spells it, such as mit; None: the card says that none was chosen.
+            dry_run: only say what would be uploaded.
+            more: `to`, `lm`, `data` and `tell` of `publish.push`.
+        """
+        from mlsae.publish import push
+
+        now, saved = fingerprint.of(self), self.fingerprint
+        unchanged = saved is not None and saved["sha256"] == now["sha256"]  # then it also knows a prompt, perhaps
+        weights = replace(self.weights(), fingerprint=saved if unchanged else now)
+        where: dict[str, Any] = {"private": private, "revision": revision, "license": license, "dry_run": dry_run}
+        return push(weights, repo_id, run=None if run is None else Path(run), **where, **more)
+
+    def weights(self) -> Weights:
+        """The config and tensors, as formats take them; nothing is copied."""
+        return Weights(self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()})
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> "MLSAE":
+        """The SAE of a config and tensors, which it keeps."""
+        with torch.device("meta"):
+            sae = cls(weights.config)
+        sae.load_state_dict(weights.tensors, assign=True)
+        sae.fingerprint = weights.fingerprint
+        return sae.requires_grad_()
 
     @classmethod
     def from_pretrained(
@@ -269,85 +336,39 @@ class MLSAE(nn.Module):
         *,
         revision: str | None = None,
         device: str | None = None,
+        lm: str | None = None,
+        layers: Sequence[int] | None = None,
+        allow_pickle: bool = False,
         allow_nonfinite: bool = False,
     ) -> "MLSAE":
-        """The SAE in a folder, a run directory or a Hub repository.
+        """The SAE in a folder, a run directory or a Hub repository, whatever library wrote it.
 
-        Raises ModelError if it is not there, not whole, not ours, or not finite, unless `allow_nonfinite` opens it to look at.
+        Args:
+            id_or_dir: on the Hub `user/repo`, or `user/repo/folder` for one of several.
+            revision: branch, tag or commit on the Hub; None: the newest.
+            lm: the language model it reads, where its files do not say.
+            layers: the layers it reads, where its files do not say.
+            allow_pickle: also read formats whose files are pickles: tensors and numbers, in a process of its own.
+
+        Raises ModelError if it is not there, not whole, of no known format, or not finite, unless `allow_nonfinite` opens it
+        to look at.
         """
-        directory = _find(id_or_dir, revision)
-        with torch.device(
-            "meta"
-        ):  # sizes before bytes: nothing is allocated for a config that the file does not bear out
-            sae = cls(_read_config(directory / CONFIG_FILE))
-        expected = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in sae.state_dict().items()}
-        _check_belongs(directory, sae.config)
-        tensors = untrusted.load_tensors(directory / WEIGHTS_FILE, expected)
-        if not allow_nonfinite:
-            _refuse_nonfinite(tensors, directory)
-        sae.load_state_dict(tensors, assign=True)
-        return sae.requires_grad_().to(device or "cpu")
+        given = formats.Given(lm, None if layers is None else tuple(layers), allow_pickle)
+        found = formats.read(_find(id_or_dir, revision, allow_pickle), given, allow_nonfinite=allow_nonfinite)
+        sae = cls.from_weights(found)
+        if found.fingerprint is not None and not allow_nonfinite:
+            fingerprint.check(sae, found.fingerprint)
+        return sae.to(device or "cpu")
 
 
-def _read_config(path: Path) -> MLSAEConfig:
-    """The config in a file that must hold every key: one left out would be guessed."""
-    values = untrusted.read_json(path)
-    if not isinstance(values, dict):
-        raise ModelError(str(path), "holds no mapping of keys; name a folder that save_pretrained wrote")
-    if missing := [key for key in MLSAEConfig.model_fields if key not in values]:
-        raise ModelError(str(path), f"key '{missing[0]}' is missing; the file is not whole")
-    return MLSAEConfig(**values)
-
-
-def _check_belongs(directory: Path, config: MLSAEConfig) -> None:
-    """Refuse a config.json that is not the one the weights were saved with."""
-    stored = untrusted.tensors_metadata(directory / WEIGHTS_FILE).get("config", "{}")
-    saved_with = untrusted.parse_json(stored, directory / WEIGHTS_FILE)
-    if not isinstance(saved_with, dict):
-        raise ModelError(str(directory / WEIGHTS_FILE), "holds no config; save the SAE again with save_pretrained")
-    for key, value in config.to_dict().items():
-        if key not in saved_with or saved_with[key] != value:
-            was = f"with {saved_with[key]!r}" if key in saved_with else "without it"
-            problem = f"key '{key}' is {value!r}; the weights were saved {was}; get both files again from one place"
-            raise ModelError(str(directory / CONFIG_FILE), problem)
-
-
-def _find(id_or_dir: str | Path, revision: str | None) -> Path:
-    """The folder that holds config.json: the one given, its `sae/`, or a download."""
-    for directory in (Path(id_or_dir) / "sae", Path(id_or_dir)):
-        if os.path.isfile(directory / CONFIG_FILE) and os.path.isfile(directory / WEIGHTS_FILE):
-            return directory
+def _find(id_or_dir: str | Path, revision: str | None, allow_pickle: bool) -> Path:
+    """The folder or file given, the `sae/` in it if it is a run directory, or a download."""
     if os.path.exists(id_or_dir):
-        raise ModelError(
-            "sae", f"'{id_or_dir}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}; name a run or an SAE folder"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        run = Path(id_or_dir) / "sae"
+        return run if formats.own.recognises(run) else Path(id_or_dir)
+    from mlsae.downloads import fetch_sae
 
-    try:
-        return Path(snapshot_download(str(id_or_dir), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError("sae", f"'{id_or_dir}' is no folder and was not found on the Hub; check the name") from error
-
-
-def nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that holds NaN or infinity, if one does: one pass over memory each, so that every step can ask."""
-    floats = {
-        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
-    }
-    if not floats:
-        return None
-    device = next(iter(floats.values())).device
-    extremes = [torch.stack(tensor.aminmax()).to(device, torch.float64) for tensor in floats.values()]  # NaN if any is
-    for name, (least, most) in zip(floats, torch.stack(extremes).tolist(), strict=True):  # one wait for an accelerator
-        if not (least > 0 if name == "norm_limit" else math.isfinite(least) and math.isfinite(most)):
-            return name  # a limit may be infinite: off
-    return None
-
-
-def _refuse_nonfinite(tensors: dict[str, Tensor], where: Path) -> None:
-    if (name := nonfinite(tensors)) is not None:
-        raise ModelError(str(where), f"tensor '{name}' holds NaN or infinity; train again from an earlier checkpoint")
+    return fetch_sae(str(id_or_dir), revision, allow_pickle=allow_pickle)
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -1,13 +1,18 @@
 """SIGINT and SIGTERM: a command ends at once with one sentence; training finishes its step and saves first."""
 
 import contextlib
+import functools
 import logging
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from mlsae.errors import Interrupted
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +28,25 @@ def interruptible(command: str) -> Generator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def resumable(work: Callable[P, R]) -> Callable[P, R]:
+    """Work that takes `resume`, first of all its config: stopped when runs in `config.out` have checkpoints, it says so.
+
+    The same command again would refuse to begin over them.
+    """
+
+    @functools.wraps(work)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        config: Any = args[0] if args else kwargs["config"]
+        try:
+            return work(*args, **kwargs)
+        except KeyboardInterrupt:
+            if not any(Path(config.out).glob("*/step-*")):
+                raise
+            raise Interrupted(wrapped.__name__, "stopped; nothing half-made is left; --resume continues") from None
+
+    return wrapped
 
 
 def _listen(number: int, handler: Any) -> Any:

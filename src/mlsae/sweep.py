@@ -15,9 +15,11 @@ from mlsae.config import TrainConfig
 from mlsae.data import TokenBlocks
 from mlsae.errors import ConfigError
 from mlsae.evaluate import evaluate, held_out_split, open_blocks
+from mlsae.formats import own
 from mlsae.lm import LanguageModel
 from mlsae.lockstep import train_together
-from mlsae.sae import MLSAE, WEIGHTS_FILE
+from mlsae.sae import MLSAE
+from mlsae.stopping import resumable
 from mlsae.text import TextSource
 from mlsae.train import Run
 
@@ -91,6 +93,7 @@ class Sweep:
         return asdict(self)
 
 
+@resumable
 def sweep(
     config: TrainConfig,
     *,
@@ -179,7 +182,7 @@ def judged(
     blocks: TokenBlocks | None = None
     for name, run in runs.items():
         folder = Path(run.directory)
-        weights = files.sha256(folder / "sae" / WEIGHTS_FILE)
+        weights = own.identity(folder / "sae")
         if name in before and before[name]["weights"] == weights:
             evaluation = before[name]["evaluation"]
         else:

@@ -84,6 +84,14 @@ class Tokenizer:
         """Each token as a person reads it, control characters escaped."""
         return [printable(self.hf.decode([i])) for i in ids]
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        return list(self.hf.convert_ids_to_tokens(list(ids)))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that these tokens are, as it is: not for a terminal."""
+        return self.hf.decode(list(ids))
+
     def _ids(self, text: str | list[str], **options: Any) -> Any:
         try:
             return self.hf(text, verbose=False, **options).input_ids

@@ -188,7 +188,7 @@ class Loop:
                 if self.stop.asked and step < self.n_steps:
                     raise self.stopped()
                 self._validate(reporter)
-            self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
+            self.trainer.sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
 
     def _step(self) -> Generator[None, None, StepReport]:
         """Read a step's text and learn from it; one that fails is undone, the state before it saved, the run ended."""
@@ -309,7 +309,7 @@ class Loop:
         """A checkpoint of this moment between two steps, and the SAE where `from_pretrained` finds it."""
         checkpoint = self._checkpoint(metrics_bytes=self.metrics.sync())
         self.run_directory.save(checkpoint, self.config.keep_checkpoints)
-        self.trainer.sae.save_pretrained(self.run_directory.path / "sae")
+        self.trainer.sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
 
     def _checkpoint(self, *, metrics_bytes: int) -> Checkpoint:
         """Everything that a run is, between two steps. Live tensors: they are to be saved at once."""

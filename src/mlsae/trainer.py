@@ -14,9 +14,10 @@ from torch import Tensor
 from mlsae import losses
 from mlsae.config import TrainerConfig, default_lr
 from mlsae.errors import ConfigError, NumericsError
+from mlsae.formats.weights import nonfinite
 from mlsae.initial import initialise
 from mlsae.optimizer import optimizer_of
-from mlsae.sae import MLSAE, Code, nonfinite
+from mlsae.sae import MLSAE, Code
 
 MAX_OVERFLOWS = 20
 """Steps in a row that float16 may skip because a gradient overflowed."""
@@ -72,7 +73,12 @@ class Trainer:
         n_steps: int | None = None,
         step_tokens: int | None = None,
     ):
+        if sae.foreign_encoder:
+            raise ConfigError(
+                "sae", "has a bias for each latent or thresholds; only TopK SAEs without are trained here"
+            )
         self.sae = sae
+        sae.fingerprint = None
         self.config = config or TrainerConfig(recipe=sae.config.recipe)
         self.rules = self.config.rules
         self.n_steps = n_steps

@@ -1,13 +1,18 @@
 """Reading files that someone else, or a crash, may have written: bounded, checked before use, and refused in one sentence.
 
-JSON, YAML, safetensors and, where a format has nothing else, pickled tensors; rows of text are read in textfiles.py.
+JSON, YAML, safetensors and, where a format has nothing else, pickles by way of another process (unpickler.py); rows of text are
+read in textfiles.py.
 """
 
 import contextlib
 import json
 import math
-import pickle
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Generator, Mapping
@@ -17,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from mlsae import unpickler
 from mlsae.errors import ConfigError, ModelError, ResourceError, printable
-from mlsae.files import canonical_json, json_digest
+from mlsae.files import canonical_json, free_bytes, json_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -29,8 +35,13 @@ MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 8 << 20
 """Of a safetensors file: a few hundred bytes a tensor."""
 MAX_JSONL_BYTES = 256 << 20
-_BAD_PICKLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-"""What torch's unpickler raises, beside its own errors, over bytes that make no sense."""
+LEGACY_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How torch.save began its files before they were zip files."""
+PICKLE_SECONDS, PICKLE_BYTES_A_SECOND = 300, 10e6
+"""Time for another process to start and to read and write a file."""
+PICKLE_READER = "import sys; sys.path.insert(0, sys.argv.pop()); from mlsae.unpickler import main; main()"
+"""What that process does."""
+_BAD_PICKLE = "holds more than tensors, or is damaged"
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -88,12 +99,22 @@ def tensors_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def load_tensors(
-    path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None
-) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first."""
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, of which nothing else is read."""
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def load_tensors(
+    path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]] | None" = None, beside: str = ""
+) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file. With `expected`, names, dtypes and shapes must be exactly those, checked first.
+
+    Those whose names are not expected and match `beside`, a regular expression, are left in the file.
+    """
+    with _opened(path) as file:
+        names = [name for name in file.keys() if name in (expected or ()) or not re.fullmatch(beside, name)]  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in names}
         if expected is not None:
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
             wanted = {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
@@ -102,32 +123,98 @@ def load_tensors(
 
 
 def load_pickled_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> "dict[str, Tensor]":
-    """The tensors of these names and shapes, as float32, that `torch.save` wrote, for a format that has no other file.
-
-    It is read by torch's restricted unpickler, which makes tensors and calls nothing else, after a look at its sizes.
-    """
-    import torch
-
-    limit = 8 * sum(math.prod(shape) for shape in shapes.values()) + MAX_JSON_BYTES
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(max(entry.file_size, entry.compress_size) for entry in archive.infolist())
-        if size > limit:
-            raise ModelError(str(path), f"holds {size} bytes; its config allows {limit}")
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, EOFError, RuntimeError, *_BAD_PICKLE) as error:
-        raise ModelError(str(path), f"holds more than tensors, or is damaged ({type(error).__name__})") from error
-    found = tensors if isinstance(tensors, dict) else {}
-    if odd := sorted(map(str, found.keys() ^ shapes.keys())) or ([] if found else ["a dictionary"]):
+    """The tensors of these names and shapes, as float32, that `torch.save` wrote, for a format that has no other file."""
+    tensors, values = unpickled(path, max_bytes=8 * sum(math.prod(shape) for shape in shapes.values()) + MAX_JSON_BYTES)
+    if odd := sorted((tensors.keys() | values.keys()) ^ shapes.keys()):
         raise ModelError(str(path), f"'{printable(odd[0])}' is missing or unknown; it is not of this config")
     for name, shape in shapes.items():
-        if not (isinstance(found[name], torch.Tensor) and found[name].is_floating_point()):
+        if not (name in tensors and tensors[name].is_floating_point()):
             raise ModelError(str(path), f"'{name}' is no tensor of floating-point numbers")
-        if tuple(found[name].shape) != shape:
+        if tuple(tensors[name].shape) != shape:
             raise ModelError(
-                str(path), f"tensor '{name}' has shape {list(found[name].shape)}; config.json needs {list(shape)}"
+                str(path), f"tensor '{name}' has shape {list(tensors[name].shape)}; config.json needs {list(shape)}"
             )
-    return {name: tensor.float() for name, tensor in found.items()}
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def unpickled(path: Path, *, max_bytes: int) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    """What `torch.save` wrote: the tensors, and the JSON values beside them, both by name; `a.b` of dictionaries in others.
+
+    This process does not read the pickle: another one does (unpickler.py), without network, in bounded time and memory, and what
+    it hands over is a safetensors file. Ask for it only where somebody said that the file may be read.
+
+    Args:
+        max_bytes: of the file, unpacked, and of its tensors.
+
+    Raises:
+        ModelError: it is no such file, is larger, or holds anything else; or the other process failed.
+        ResourceError: the disk has no room for the tensors.
+    """
+    size = _check_pickle(path, max_bytes)
+    with tempfile.TemporaryDirectory(prefix="mlsae-") as folder:
+        if (free := free_bytes(Path(folder))) < size:
+            raise ResourceError(folder, f"disk full: {size} bytes needed, {free} free; free some, or set TMPDIR")
+        _unpickle(path, Path(folder), max_bytes)
+        try:
+            answer = read_json(Path(folder) / unpickler.ANSWER)
+        except ConfigError as error:
+            raise ModelError(str(path), f"holds plain values that cannot be read ({error.problem})") from error
+        if "refused" in answer:
+            raise ModelError(str(path), printable(answer["refused"]))
+        return load_tensors(Path(folder) / unpickler.TENSORS), answer["values"]
+
+
+def _check_pickle(path: Path, max_bytes: int) -> int:
+    """The bytes of a file that `torch.save` wrote, by the sizes it says it has. A zip file is unpacked to more than it is."""
+    if not path.is_file():
+        raise ModelError(str(path), "no such file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(len(LEGACY_PICKLE))
+    if start.startswith(b"PK") and size <= max_bytes:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(max(entry.file_size, entry.compress_size) for entry in archive.infolist()))
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+            raise ModelError(str(path), f"{_BAD_PICKLE} ({type(error).__name__})") from error
+    elif start != LEGACY_PICKLE and size <= max_bytes:
+        raise ModelError(str(path), f"{_BAD_PICKLE}: torch.save did not write it")
+    if size > max_bytes:
+        raise ModelError(str(path), f"holds {size} bytes; at most {max_bytes} are read")
+    return size
+
+
+def _unpickle(path: Path, folder: Path, max_bytes: int) -> None:
+    """Have another process read the file and answer in a folder; no variables or open files of ours are passed on to it."""
+    package = str(Path(__file__).parents[1])
+    command = [
+        sys.executable,
+        "-I",
+        "-B",
+        "-c",
+        PICKLE_READER,
+        str(path.resolve()),
+        str(folder),
+        str(max_bytes),
+        package,
+    ]
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS") if name in os.environ}
+    seconds = PICKLE_SECONDS + max_bytes / PICKLE_BYTES_A_SECOND
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)
+    try:
+        with open(folder / "errors.txt", "w+") as errors:
+            done = subprocess.run(command, env=kept, cwd=folder, timeout=seconds, check=False, stderr=errors, **quiet)
+            errors.seek(0)
+            kinds = re.findall(r"^(?:\w+\.)*(\w+Error)\b", errors.read(MAX_JSON_BYTES), re.MULTILINE)
+    except subprocess.TimeoutExpired:
+        raise ModelError(
+            str(path), f"was not read within {seconds:.0f} s; torch.save did not write it like this"
+        ) from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ModelError(str(path), f"the process that read it was ended by {name}; it is damaged, or memory ran out")
+    if done.returncode:
+        raise ModelError(str(path), f"{_BAD_PICKLE} ({kinds[-1] if kinds else 'it asked for more than memory'})")
 
 
 @contextlib.contextmanager

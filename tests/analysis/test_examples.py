@@ -492,7 +492,7 @@ def test_codes_that_would_be_kept_wrongly_are_refused():
     assert (found._sets[0].keys < 0).all()
 
 
-@pytest.mark.parametrize("change", [{"n_top": 0}, {"n_sampled": 0}, {"window": -1}, {"n_top": 20_000}])
+@pytest.mark.parametrize("change", [{"n_top": 0}, {"n_sampled": -1}, {"window": -1}, {"n_top": 20_000}])
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ConfigError, match=f"{next(iter(change))}: {next(iter(change.values()))}"):
         Examples(1, 2, 8, **change)

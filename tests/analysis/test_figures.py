@@ -64,7 +64,7 @@ def words_of(n_latents: int, token: str = " the") -> Words:
     """Every latent promotes token 0, suppresses token 1, and is nearest to token 0, which is " the"."""
     ids, cosine = torch.tensor([[0, 1]]).expand(n_latents, 2), torch.linspace(0, 1, n_latents)[:, None].expand(-1, 2)
     matches = TokenMatches(ids, cosine, chance(rows_of(n_latents), torch.eye(6)))
-    return Words(LogitLens(ids, cosine, ids.flip(1), cosine), matches, matches, {0: token, 1: "\n"})
+    return Words(LogitLens(ids, cosine, ids.flip(1), cosine, matches.chance), matches, matches, {0: token, 1: "\n"})
 
 
 def blocks_of() -> TokenBlocks:

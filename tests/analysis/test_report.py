@@ -199,6 +199,16 @@ def test_the_sample_is_of_active_latents_in_order_of_depth():
     assert report.sample(replace(analysis, statistics=LayerStatistics(5, 40))) == []
 
 
+def test_what_latents_promote_stands_beside_what_random_directions_do(tmp_path: Path, quick: None):
+    analysis = make_analysis()
+    logits = analysis.summary()["directions"]["logits"]
+    here, *chance = (wording.number(x["mean"]) for x in (logits["max_logit"], *logits["chance"].values()))
+    shown = words(write(tmp_path))
+    assert f"the first of them by {here} on average over all latents" in shown
+    assert f"by chance it is {chance[0]} (uniform directions) or {chance[1]} (random ones" in shown
+    assert "by chance it is" not in words(write(tmp_path, analysis=replace(analysis, words=None)))
+
+
 # ---- the terminal's table ------------------------------------------------------------------------------------------
 
 

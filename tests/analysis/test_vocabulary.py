@@ -88,7 +88,37 @@ def test_promoted_tokens_are_those_of_all_logits_whatever_the_block(llama: Langu
     torch.testing.assert_close(got.promoted_logits, logits.topk(3).values)
     torch.testing.assert_close(got.suppressed_logits, logits.topk(3, largest=False).values)
     assert torch.equal(got.promoted, logits.topk(3).indices)
-    assert len(json.loads(json.dumps(got.to_dict()))["suppressed"]) == 10
+    found = json.loads(json.dumps(got.to_dict()))["max_logit"]
+    assert found == {
+        "n": 10,
+        "mean": pytest.approx(logits.amax(1).mean().item()),
+        "std": pytest.approx(logits.amax(1).std().item(), rel=1e-4),
+        "sem": pytest.approx(logits.amax(1).std().item() / 10**0.5, rel=1e-4),
+    }
+
+
+def test_random_directions_promote_as_chance_does_and_directions_that_are_words_more(llama: LanguageModel):
+    """A decoder that leans one way promotes as random directions that lean so do, and not as those of the whole space."""
+    read = {"logits_along": llama.logits_along, "seed": 3}
+    random = logit_lens(rows(1000, seed=2), **read)
+    planted = logit_lens(llama.unembedding / llama.hf.model.norm.weight, **read)
+    leaning = logit_lens(torch.nn.functional.normalize(rows(1000, seed=4) + llama.unembedding[7], dim=-1), **read)
+    noise = 4 * 2**0.5 * random.chance.isotropic.sem
+    found, chance = random.to_dict()["max_logit"], random.chance
+    assert abs(found["mean"] - chance.isotropic.mean) < 4 * (found["sem"] ** 2 + chance.isotropic.sem**2) ** 0.5
+    assert abs(found["mean"] - chance.covariance.mean) < 4 * (found["sem"] ** 2 + chance.covariance.sem**2) ** 0.5
+    assert planted.to_dict()["max_logit"]["mean"] > planted.chance.isotropic.mean + noise
+    found, chance = leaning.to_dict()["max_logit"], leaning.chance
+    assert abs(found["mean"] - chance.covariance.mean) < noise < chance.covariance.mean - chance.isotropic.mean
+    assert planted.chance.isotropic == random.chance.isotropic
+
+
+def test_the_logits_chance_is_of_the_random_directions_that_embeddings_are_compared_with():
+    """Where logits are cosines, both are one number."""
+    directions, targets = rows(40), torch.nn.functional.normalize(rows(50, seed=1), dim=-1)
+    matches, read = nearest_tokens(directions, targets, seed=5), logit_lens(directions, lambda x: x @ targets.T, seed=5)
+    for name, found in vars(read.chance).items():
+        assert found.mean == pytest.approx(getattr(matches.chance, name).mean)
 
 
 def test_the_final_norm_leaves_its_gain_where_it_does_not_centre(llama: LanguageModel):

@@ -199,7 +199,7 @@ def chance(
     """Largest cosines of random rows: with `targets`, or (None) with each other, as many as `W_dec` has."""
     rows, found = unit_rows(W_dec), []
     for covariance in (False, True):
-        random = _random_rows(rows, len(rows) if targets is None else NULL_ROWS, covariance=covariance, seed=seed)
+        random = random_rows(rows, len(rows) if targets is None else NULL_ROWS, covariance=covariance, seed=seed)
         asked, others = random[:NULL_ROWS], random if targets is None else unit_rows(targets)
         largest = rows.new_empty(len(asked))
         for at in blocks(len(asked), MAX_BLOCK_ELEMENTS // max(len(others), 1)):
@@ -350,8 +350,8 @@ def unit_rows(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"
     return torch.nn.functional.normalize(rows.detach().to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
 
 
-def _random_rows(rows: Tensor, n: int, *, covariance: bool, seed: int) -> Float[Tensor, "row d_model"]:
-    """n random unit rows, uniform or with the mean and covariance of `rows`."""
+def random_rows(rows: Tensor, n: int, *, covariance: bool, seed: int) -> Float[Tensor, "row d_model"]:
+    """n random unit rows, uniform or with the mean and covariance of the unit rows `rows`."""
     draw = torch.randn(n, rows.shape[1], generator=torch.Generator().manual_seed(seed), dtype=rows.dtype)
     draw = draw.to(rows.device)
     if covariance:

@@ -26,6 +26,8 @@ MAX_GROUP_ROWS, MAX_GROUP_BYTES = 1 << 20, 1 << 28
 """Of a file that others may have written."""
 MAX_SETTINGS = {"n_layers": 2**15 - 1, "n_top": 2**14, "n_sampled": 2**14, "window": 2**13}
 """So that ranks and lengths of contexts fit their columns."""
+PLACE = ("block", "document", "position")
+"""Columns that imported examples leave empty."""
 KEY = b"mlsae.examples"
 """Where in the file's metadata `About` stands."""
 N_PLACES = 2**32
@@ -67,10 +69,10 @@ class Example:
     """The activation, exact."""
     quantile: int | None
     """Of a sampled one: the part of the sample it falls into, 0 the weakest."""
-    block: int
-    position: int
-    """The token's place in the packed text."""
-    document: int
+    block: int | None
+    position: int | None
+    """The token's place in the packed text; None, as is the document: imported, from files that do not say."""
+    document: int | None
     tokens: list[int]
     """Token ids of the context, which ends where the document or the sequence does."""
     activations: list[float]
@@ -97,7 +99,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
-            least, most = int(name not in ("window", "seed")), MAX_SETTINGS.get(name, 2**31 - 1)
+            least, most = int(name not in ("n_sampled", "window", "seed")), MAX_SETTINGS.get(name, 2**31 - 1)
             if not least <= value <= most:
                 raise ConfigError(name, f"{value}; give {least} to {most}")
 
@@ -217,6 +219,11 @@ class Writer:
         table = pa.Table.from_pydict(columns, schema=self._file.schema)
         self._file.write_table(table, row_group_size=MAX_GROUP_ROWS)
 
+    def write_examples(self, examples: Sequence[Example]) -> None:
+        """Add one group of examples that carry their own context: imported ones."""
+        table = pa.Table.from_pylist([vars(example) for example in examples], schema=self._file.schema)
+        self._file.write_table(table, row_group_size=MAX_GROUP_ROWS)
+
 
 def _lists(name: str, ends: np.ndarray, entries: np.ndarray) -> pa.Array:
     kind = SCHEMA.field(name).type
@@ -267,6 +274,13 @@ def read_rows(path: str | Path) -> Iterator[Rows]:
             yield _rows(_read(file, [group]), about)
 
 
+def read_all(path: str | Path) -> Iterator[list[Example]]:
+    """All examples of a file, a group of rows at a time."""
+    with _opened(path) as (file, _):
+        for group in range(file.num_row_groups):
+            yield _examples(_read(file, [group]))
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Generator[tuple[pq.ParquetFile, About]]:
     """A Parquet file that others may have written or damaged; whatever shows that while it is read is a ModelError."""
@@ -299,7 +313,7 @@ def _read(file: pq.ParquetFile, groups: Sequence[int]) -> pa.Table:
     table = file.read_row_groups(list(groups), use_threads=False).combine_chunks()
     tokens, activations = (_sizes(table, name) for name in _LISTS)
     centre = table["centre"].to_numpy()
-    holes = any(table[name].null_count for name in SCHEMA.names if name != "quantile")
+    holes = any(table[name].null_count for name in SCHEMA.names if name not in ("quantile", *PLACE))
     if holes or (tokens != activations).any() or ((centre < 0) | (centre >= tokens)).any():
         raise ValueError("its contexts are not whole")
     return table
@@ -340,6 +354,8 @@ def _examples(table: pa.Table) -> list[Example]:
 
 def _rows(table: pa.Table, about: About) -> Rows:
     settings, width = about.settings, 2 * about.settings.window + 1
+    if any(table[name].null_count for name in PLACE):
+        raise ValueError("its examples, imported ones, have no places in a text; they cannot be merged")
     latent, layer, rank, block, position, centre = (
         table[name].to_numpy().astype(np.int64) for name in ("latent", "layer", "rank", "block", "position", "centre")
     )

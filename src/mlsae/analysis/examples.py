@@ -235,7 +235,7 @@ class _Largest:
         self.keys = np.tile(np.arange(-n, 0), (n_cells, 1))  # distinct, as all keys of a cell are
         self.values = np.zeros((n_cells, n), np.float32)
         self.windows = np.zeros((n_cells, n, width), np.float16)
-        self.least = self.keys[:, 0].copy()
+        self.least = self.keys[:, 0].copy() if n else np.full(n_cells, np.iinfo(np.int64).max)
         """The smallest key of each cell: what an event must exceed."""
 
     def offer(

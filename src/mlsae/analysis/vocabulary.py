@@ -12,7 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mlsae.analysis.directions import MAX_BLOCK_ELEMENTS, Chance, Maxima, blocks, chance, unit_rows
+from mlsae.analysis.directions import (
+    MAX_BLOCK_ELEMENTS,
+    NULL_ROWS,
+    Chance,
+    Maxima,
+    blocks,
+    chance,
+    random_rows,
+    unit_rows,
+)
 from mlsae.errors import ConfigError, ModelError
 from mlsae.lm import LanguageModel
 from mlsae.sae import MLSAE
@@ -45,10 +54,18 @@ class LogitLens:
     suppressed: Int[Tensor, "direction top"]
     """Ids, most suppressed first."""
     suppressed_logits: Float[Tensor, "direction top"]
+    chance: Chance
+    """The largest logit of random directions."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ids and logits, a list for each direction."""
-        return {name: values.tolist() for name, values in vars(self).items()}
+        """The largest logits, and chance's; not the tokens."""
+        chance = {name: _logits(found) for name, found in vars(self.chance).items()}
+        return {"max_logit": _logits(Maxima.of(self.promoted_logits[:, 0])), "chance": chance}
+
+
+def _logits(largest: Maxima) -> dict[str, Any]:
+    """Near-duplicates are of cosines."""
+    return {name: value for name, value in asdict(largest).items() if name != "near_duplicates"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,9 @@ class Words:
     """Every token named above, as a person reads it."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The largest cosines with embeddings, and chance's; not the tokens."""
+        """The largest cosines with embeddings and the largest logits, and chance's; not the tokens."""
         return {
+            "logits": self.logits.to_dict(),
             "embedding": self.input.to_dict() if self.input else None,
             "unembedding": self.output.to_dict() if self.output else None,
         }
@@ -147,6 +165,7 @@ def logit_lens(
     top: int = 8,
     to_resid: DirectionMap | None = None,
     rows_at_once: int = 256,
+    seed: int = 0,
     progress: bool = False,
 ) -> LogitLens:
     """The tokens whose logits each direction raises and lowers most (nostalgebraist 2020, of directions).
@@ -156,16 +175,23 @@ def logit_lens(
         logits_along: `LanguageModel.logits_along`, which says how the final norm is treated, or that less some tokens.
         to_resid: as in `nearest_tokens`.
         rows_at_once: directions whose logits are held at once.
+        seed: of the random directions behind `chance`.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in LogitLens.__annotations__}
+    directions = directions if to_resid is None else to_resid(directions)
+    found: dict[str, list[Tensor]] = {name: [] for name in LogitLens.__annotations__ if name != "chance"}
     for at in blocks(len(directions), rows_at_once, "logit lens", progress=progress):
-        logits = logits_along(directions[at] if to_resid is None else to_resid(directions[at]))
+        logits = logits_along(directions[at])
         _check_top(top, logits.shape[1])
         for name, largest in (("promoted", True), ("suppressed", False)):
             ends = logits.topk(top, largest=largest)
             found[name].append(ends.indices.cpu())
             found[f"{name}_logits"].append(ends.values.cpu())
-    return LogitLens(**{name: torch.cat(parts) for name, parts in found.items()})
+    by_chance = []
+    for covariance in (False, True):
+        random = random_rows(unit_rows(directions), NULL_ROWS, covariance=covariance, seed=seed)
+        parts = blocks(NULL_ROWS, rows_at_once, "logit lens by chance", progress=progress)
+        by_chance.append(Maxima.of(torch.cat([logits_along(random[at]).amax(1).cpu() for at in parts])))
+    return LogitLens(**{name: torch.cat(parts) for name, parts in found.items()}, chance=Chance(*by_chance))
 
 
 def _check_top(top: int, n_tokens: int) -> None:

@@ -1,0 +1,112 @@
+"""What an SAE is and does, in a few numbers that are saved with it and taken again when it is loaded.
+
+Shapes and hashes tell whether the weights are those that were saved; FVU and L0 on fixed vectors, whether this version of the
+code makes of them what the one that saved them did; on a fixed prompt, whether the language model is that of the training.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mlsae.errors import ModelError
+from mlsae.files import finite
+
+if TYPE_CHECKING:
+    from mlsae.lm import LanguageModel
+    from mlsae.sae import MLSAE
+
+log = logging.getLogger(__name__)
+
+PROMPT = "When Mary and John went to the store, John gave a drink to Mary. Then he paid, and both of them walked home."
+N_VECTORS = 8
+"""Fixed vectors of each of three layers: a look at a dictionary of a million latents must not take a minute."""
+TOLERANCE, LM_TOLERANCE = 1e-3, 0.05
+"""How far FVU and L0 may lie from the saved ones, relatively: on fixed vectors, and on the prompt, where the precision of the
+language model counts."""
+
+
+def of(sae: "MLSAE", lm: "LanguageModel | None" = None) -> dict[str, Any]:
+    """The fingerprint of an SAE, as JSON values; with a language model also its `prompt`."""
+    tensors = sae.weights().tensors
+    found: dict[str, Any] = {
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "sha256": {name: _sha256(tensor) for name, tensor in tensors.items()},
+        "vectors": _on_fixed_vectors(sae),
+        "prompt": None,
+    }
+    if lm is not None:
+        found["prompt"] = {"text": PROMPT, **quality(sae, _of_prompt(sae, lm, PROMPT))}
+    return finite(found)
+
+
+@torch.no_grad()
+def quality(
+    sae: "MLSAE", resid: Float[Tensor, "layer token d_model"], layers: Sequence[int] | None = None
+) -> dict[str, list[float]]:
+    """Fraction of variance unexplained, and number of active latents, of each of `layers`; None: all."""
+    code = sae.encode(resid, layers, impl="reference")
+    error = (resid - sae.decode(code, impl="reference")).double().square().sum((1, 2))
+    total = (resid - resid.mean(1, keepdim=True)).double().square().sum((1, 2))
+    l0 = (code.values > 0).double().sum(-1).mean(-1)
+    return {"fvu": (error / total.clamp_min(1e-30)).tolist(), "l0": l0.tolist()}
+
+
+def check(sae: "MLSAE", saved: Mapping[str, Any]) -> None:
+    """Refuse an SAE that is not what was saved, or that this version of the code reads otherwise. Raises ModelError."""
+    for name, tensor in sae.weights().tensors.items():
+        if saved["sha256"].get(name) != _sha256(tensor):
+            raise ModelError("sae", f"tensor '{name}' is not the one that was saved; get the file again")
+    if (far := _far(_on_fixed_vectors(sae), saved["vectors"], TOLERANCE)) is not None:
+        raise ModelError(
+            "sae", f"{far} on fixed vectors; this version of mlsae reads the file otherwise than its writer did"
+        )
+
+
+def check_lm(sae: "MLSAE", lm: "LanguageModel", saved: Mapping[str, Any] | None) -> None:
+    """Warn where the SAE finds another residual stream than it was saved with."""
+    prompt = None if saved is None else saved.get("prompt")
+    if prompt is None:
+        return
+    if (far := _far(quality(sae, _of_prompt(sae, lm, prompt["text"])), prompt, LM_TOLERANCE)) is not None:
+        log.warning("lm: %s on a fixed prompt; is '%s' what this SAE was trained on?", far, lm.name)
+
+
+def _far(now: Mapping[str, list[float]], saved: Mapping[str, Any], tolerance: float) -> str | None:
+    for name in ("fvu", "l0"):
+        for row, (here, there) in enumerate(zip(now[name], saved[name], strict=True)):
+            if there is not None and not abs(here - there) <= tolerance * max(abs(there), 0.01):
+                return f"{name.upper()} of its layer number {row} is {here:.4g}, and was {there:.4g} when it was saved"
+    return None
+
+
+def fixed_vectors(sae: "MLSAE") -> tuple[list[int] | None, Float[Tensor, "layer token d_model"]]:
+    """The first, middle and last layer, and for each normal draws, the same for ever, about where its frame expects vectors."""
+    known = sae.config.layers
+    rows = [0] if known is None else sorted({0, len(known) // 2, len(known) - 1})
+    shape = (len(rows), N_VECTORS, sae.config.d_model)
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(sae.W_enc)
+    if sae.frame.name == "layer":
+        resid = sae.frame.mean[rows, None] + sae.frame.scale[rows, None, None] * draw
+    else:
+        resid = 10 * draw
+    return None if known is None else [known[row] for row in rows], resid
+
+
+def _on_fixed_vectors(sae: "MLSAE") -> dict[str, list[float]]:
+    layers, resid = fixed_vectors(sae)
+    return quality(sae, resid, layers)
+
+
+def _of_prompt(sae: "MLSAE", lm: "LanguageModel", text: str) -> Float[Tensor, "layer token d_model"]:
+    """Without the first position, whose vector is unlike all others."""
+    tokens = lm.tokenize(text)[:, : lm.context_length]
+    return lm.resid(tokens, layers=sae.layers)[:, 0, 1:].to(sae.W_enc)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
