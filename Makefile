@@ -4,7 +4,7 @@ MINUTES ?= 7
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench soak docs clean
+.PHONY: demo test check bench soak docs formats clean
 
 demo: .venv/demo
 	$(BIN)/mlsae demo --minutes $(MINUTES)
@@ -23,6 +23,10 @@ bench: .venv/dev
 # Kills, refused writes and damage: a run must end in the same bits whatever happens to it.
 soak: .venv/dev
 	$(BIN)/python benchmarks/soak.py
+
+# The tables of docs/formats.md; MLSAE_PEER_<NAME> names the Python of a library to compare with.
+formats: .venv/dev
+	MLSAE_WRITE_FORMATS=1 $(BIN)/pytest tests/formats
 
 docs: .venv/dev
 	$(BIN)/python docs/generate.py

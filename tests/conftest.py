@@ -26,6 +26,17 @@ from tiny import save_tiny_lm  # noqa: E402
 
 torch.set_num_threads(1)
 
+collect_ignore = ["formats/peers"]
+"""Scripts for the Pythons of other libraries."""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("MLSAE_WRITE_FORMATS") and not session.testsfailed:
+        import tables  # beside the tests that filled it, which have put its folder on the path
+
+        tables.write()
+
+
 STEP_TOKENS = 64
 TRAIN = {"--k": "4", "--expansion-factor": "2", "--tokens": "1e3", "--init-tokens": "512"}
 """A run of fifteen steps."""

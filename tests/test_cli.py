@@ -62,8 +62,8 @@ def test_help_shows_every_field_with_its_docstring(name: str, capsys: pytest.Cap
     assert main([name, "--help"]) == 0
     shown = words(capsys.readouterr().out)
     for field, about in COMMANDS[name][0].model_fields.items():
-        flag = "SAE" if field == "sae" else field.rstrip("_").replace("_", "-")
-        assert flag in shown
+        flag = field.rstrip("_").replace("_", "-")
+        assert flag in shown or flag.upper() in shown
         assert about.description, f"{field} has no docstring"
         assert words(about.description) in shown, field
 
@@ -88,13 +88,11 @@ def test_python_m_mlsae_is_the_command_line():
 
 USAGE = [
     ("trian", "command: unknown command 'trian'; did you mean 'train'?"),
-    (
-        "zzz",
-        "command: unknown command 'zzz'; choose demo, train, evaluate, analyze, lens, sweep, compare, reproduce, info",
-    ),
+    ("zzz", f"command: unknown command 'zzz'; choose {', '.join(COMMANDS)}"),
     ("train", "lm: missing; give --lm"),
     ("train --lm a --data b", "out: missing; give --out"),
     ("evaluate", "sae: missing; name a run directory, an SAE folder or a Hub id"),
+    ("push run", "repo: missing; name a repository of yours on the Hub, user/name"),
     ("evaluate run --splice-token 5", "splice-token: unknown flag '--splice-token'; did you mean '--splice-tokens'?"),
     ("evaluate run --zzz 5", "zzz: unknown flag '--zzz'; see mlsae evaluate --help"),
     ("evaluate run --tokens 0", "tokens: 0 given; must be at least 1"),

@@ -13,7 +13,7 @@ from huggingface_hub.utils import _http
 
 from hubserver import HubServer, Repository, Request
 from mlsae import downloads, files, formats
-from mlsae.card import UNNAMED
+from mlsae.card import UNNAMED, Record, model_card
 from mlsae.cli import main
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, ModelError
@@ -457,12 +457,14 @@ def test_a_card_says_what_is_not_known(hub):
     assert "![" not in card
 
 
-def test_a_card_cannot_be_made_to_say_other_things(hub):
+def test_a_card_cannot_be_made_to_say_other_things():
     """Names come from files of others."""
-    sae = made(lm="org/lm", lens=None, separator_token="x\n# y")
-    sae.config = sae.config.replaced(lm='a`|b"\n\n# Heading')
-    card = sae.push_to_hub("me/name", dry_run=True).card
-    assert "# Heading" not in card
+    config = made(lm='a`|b"\n\n# Heading', data="a`\n# Heading").config
+    record = Record(config={"split": "x\n# Heading"}, software={"torch": "2\n# Heading"})
+    page = model_card(config, "me/name", record, licence=None, to="mlsae", pickled=False).partition("\n---\n")[2]
+    assert "Heading" in page
+    assert "\n# Heading" not in page
+    assert public_config(config).lm is None
 
 
 def test_the_lens_of_a_model_is_found_in_the_published_space(hub, tmp_path):

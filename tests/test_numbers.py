@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mlsae import analyze, evaluate, train
+from mlsae import analyze, evaluate, fingerprint, train
 from mlsae.analyze import prompt_activity
 from mlsae.config import MLSAEConfig, TrainConfig
 from mlsae.data import TokenBlocks, pack
@@ -236,6 +236,7 @@ def test_packed_tokens_are_the_same_and_counted_alike_in_every_command(
 
     lm = LanguageModel(hf, tokenizer(*ids, side=side), name="tiny")
     monkeypatch.setattr(LanguageModel, "resid", resid)
+    monkeypatch.setattr(fingerprint, "_of_prompt", lambda sae, lm, text: real(lm, lm.tokenize("ab"), sae.layers)[:, 0])
     masks = {"mask_special_tokens": policy[0], "mask_first_position": policy[1], "mask_norm_factor": 0.0}
     whole = {"batch_size": len(rows), "tokens": len(rows) * CONTEXT}
     done = run(with_lm=lm, data=data, split="all", **masks, **whole)
@@ -402,9 +403,11 @@ ALTERED = {
     "data": {"data": "other.jsonl"},
     "tokenizer_fingerprint": {"tokenizer_fingerprint": None},
     "lens": {"lens": "some/lens"},
+    "activation": {"activation": "jumprelu"},
+    "latent_bias": {"latent_bias": True},
 }
 """For each key another value that is as good, with what must change beside it."""
-ONE_VALUE = {"activation", "format_version"}
+ONE_VALUE = {"format_version"}
 
 
 @pytest.fixture(scope="module")

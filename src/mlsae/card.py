@@ -216,7 +216,7 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
     layers, mean = evaluation["layers"], evaluation["mean"]
     columns = [name for name in METRICS if name in mean]
     rows = [(str(row["layer"]), row) for row in layers]
-    rows += [("mean", mean), ("all at once", evaluation["all_layers"])]
+    rows += [("mean", mean)] + ([("all at once", evaluation["all_layers"])] if evaluation["all_layers"] else [])
     cells = [[label, *(_number(name, row.get(name)) for name in columns)] for label, row in rows]
     return "\n\n".join(
         [

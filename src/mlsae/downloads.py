@@ -159,7 +159,7 @@ def fetch_sae(name: str, revision: str | None, *, allow_pickle: bool = False) ->
     above = [
         glob.escape(str(folder / SAE_CONFIGS[0])) for folder in inside.parents
     ]  # which may name the language model
-    patterns = [*above, *_patterns(inside, SAE_CONFIGS), *safe, *(pickles if allow_pickle else ())]
+    weights = [*safe, *(pickles if allow_pickle else ())]
 
     def check(sizes: Mapping[str, int]) -> None:
         there = [file for file in sizes if inside in (PurePosixPath(file), *PurePosixPath(file).parents)]
@@ -167,9 +167,10 @@ def fetch_sae(name: str, revision: str | None, *, allow_pickle: bool = False) ->
             folders = {str(folder) for file in sizes for folder in PurePosixPath(file).parents}
             hint = did_you_mean(str(inside), folders) or "; look at its files"
             raise ModelError("sae", f"'{repository}' has no '{printable(str(inside))}'{hint}")
-        if not any(_match(file, safe) or (allow_pickle and _match(file, pickles)) for file in there):
+        if not any(_match(file, weights) for file in there):
             raise _no_sae(printable(name), [file for file in there if _match(file, pickles)])
 
+    patterns = [*above, *_patterns(inside, SAE_CONFIGS), *weights]
     return fetch("sae", repository, revision, patterns, check=check) / inside
 
 

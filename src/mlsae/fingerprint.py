@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mlsae.config import Config
 from mlsae.errors import ModelError
 from mlsae.files import finite
 
@@ -28,6 +29,35 @@ N_VECTORS = 8
 TOLERANCE, LM_TOLERANCE = 1e-3, 0.05
 """How far FVU and L0 may lie from the saved ones, relatively: on fixed vectors, and on the prompt, where the precision of the
 language model counts."""
+
+
+class Quality(Config):
+    """Of each layer, or None where it is not finite."""
+
+    fvu: list[float | None]
+    """Fraction of variance unexplained."""
+    l0: list[float | None]
+    """Active latents of a vector."""
+
+
+class PromptQuality(Quality):
+    """On a prompt."""
+
+    text: str
+    """The prompt."""
+
+
+class Fingerprint(Config):
+    """What a file must hold of it."""
+
+    shapes: dict[str, list[int]]
+    """Of every tensor."""
+    sha256: dict[str, str]
+    """Of every tensor's bytes as float32."""
+    vectors: Quality
+    """On fixed vectors, at the first, middle and last layer."""
+    prompt: PromptQuality | None
+    """On a prompt of the language model, if there was one when it was saved."""
 
 
 def of(sae: "MLSAE", lm: "LanguageModel | None" = None) -> dict[str, Any]:
@@ -57,11 +87,12 @@ def quality(
 
 
 def check(sae: "MLSAE", saved: Mapping[str, Any]) -> None:
-    """Refuse an SAE that is not what was saved, or that this version of the code reads otherwise. Raises ModelError."""
+    """Refuse an SAE that is not what was saved, or that this version of the code reads otherwise, with a ModelError."""
+    found = Fingerprint(**saved)
     for name, tensor in sae.weights().tensors.items():
-        if saved["sha256"].get(name) != _sha256(tensor):
+        if found.sha256.get(name) != _sha256(tensor):
             raise ModelError("sae", f"tensor '{name}' is not the one that was saved; get the file again")
-    if (far := _far(_on_fixed_vectors(sae), saved["vectors"], TOLERANCE)) is not None:
+    if (far := _far(_on_fixed_vectors(sae), found.vectors.to_dict(), TOLERANCE)) is not None:
         raise ModelError(
             "sae", f"{far} on fixed vectors; this version of mlsae reads the file otherwise than its writer did"
         )
@@ -78,6 +109,8 @@ def check_lm(sae: "MLSAE", lm: "LanguageModel", saved: Mapping[str, Any] | None)
 
 def _far(now: Mapping[str, list[float]], saved: Mapping[str, Any], tolerance: float) -> str | None:
     for name in ("fvu", "l0"):
+        if len(now[name]) != len(saved[name]):
+            return f"{name.upper()} is that of {len(now[name])} layers, and was of {len(saved[name])} when it was saved"
         for row, (here, there) in enumerate(zip(now[name], saved[name], strict=True)):
             if there is not None and not abs(here - there) <= tolerance * max(abs(there), 0.01):
                 return f"{name.upper()} of its layer number {row} is {here:.4g}, and was {there:.4g} when it was saved"

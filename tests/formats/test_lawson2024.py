@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import proof
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import proof
 from mlsae import formats
 from mlsae.errors import ConfigError, ModelError
 from mlsae.sae import MLSAE

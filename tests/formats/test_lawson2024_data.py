@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import proof
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import proof
 from mlsae.analysis.example_file import Example, read_about, read_all, read_examples
 from mlsae.analysis.examples import Examples
 from mlsae.analysis.lawson2024_dists import TOLERANCE, columns, read_dists, write_dists

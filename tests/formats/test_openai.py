@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import proof
 import pytest
 import torch
 from torch import Tensor
 
+import proof
 from mlsae import MLSAE, formats, untrusted
 from mlsae.errors import ConfigError, ModelError
 from mlsae.formats import Given, openai

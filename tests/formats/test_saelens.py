@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import proof
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import proof
 from mlsae import formats
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, ModelError

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import proof
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import proof
 from mlsae import MLSAE, formats
 from mlsae.errors import ConfigError, ModelError
 from mlsae.formats import Given, sparsify

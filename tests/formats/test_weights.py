@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from proof import D_MODEL, LAYERS, make_sae, ours, random_vectors
 
 from mlsae import MLSAE
 from mlsae.errors import ConfigError, ModelError
 from mlsae.formats.weights import Dictionary, Weights, dictionaries, joined, shapes
 from mlsae.frames import Lens
 from mlsae.trainer import Trainer
+from proof import D_MODEL, LAYERS, make_sae, ours, random_vectors
 
 KINDS = {
     "vector": {"frame": "vector"},

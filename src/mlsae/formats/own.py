@@ -44,7 +44,7 @@ def read(folder: Path, *, allow_nonfinite: bool = False) -> Weights:
 
 def identity(folder: Path) -> str:
     """Hex SHA-256 that SAEs of the same config and tensors share, whatever was measured beside them."""
-    return files.json_digest([_beside(folder, "config"), _beside(folder, "fingerprint")["sha256"]])
+    return files.json_digest([_beside(folder, "config"), _beside(folder, "fingerprint").get("sha256")])
 
 
 def _read_config(path: Path) -> MLSAEConfig:
