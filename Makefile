@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/mlsae demo --minutes $(MINUTES)
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 check: .venv/dev
 	$(BIN)/ruff check .
