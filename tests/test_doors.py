@@ -342,7 +342,6 @@ EXAMINED = {
     "commands.py": {"command.out"},
     "data.py": {"blocks.info.complete"},
     "files.py": {"os.environ.get('MLSAE_CACHE')", "cause.strerror"},
-    "downloads.py": {"_match(file, safe)"},
     "formats/__init__.py": {"one.layers"},
     "formats/lawson2024.py": {"one.layers", "tuple(range(depth))"},
     "formats/weights.py": {"config.layers", "one.layers"},

@@ -124,7 +124,7 @@ class MLSAEConfig(DictionaryFields):
     lens: str | None = None
     """Where the tuned lens before the frame came from; its maps are among the weights. None: there is none."""
     activation: Literal["topk", "jumprelu"] = "topk"
-    """`topk`: the k largest pre-activations, then ReLU; `jumprelu`, of imported SAEs: those above a threshold, at most k."""
+    """`topk`: the k largest pre-activations, rectified; `jumprelu`, of imported SAEs: all above thresholds, however many."""
     latent_bias: bool = False
     """Each latent adds a bias to its pre-activation, as in SAEs of other libraries."""
     format_version: Literal[1] = 1
@@ -153,6 +153,10 @@ class MLSAEConfig(DictionaryFields):
                 f"{n_latents} is not expansion_factor x d_model x groups = {factor:g} x {d_model} x {groups}; give one",
             )
         return {**values, "n_latents": n_latents, "expansion_factor": n_latents / groups / d_model}
+
+    def group_of(self, row: int) -> int:
+        """The group of one of the layers, by its place among them: neighbours share one, and sizes differ by at most a layer."""
+        return 0 if self.groups == 1 else row * self.groups // len(self.layers or ())
 
     @model_validator(mode="after")
     def _k_and_layers_fit(self) -> "MLSAEConfig":

@@ -59,7 +59,7 @@ def convert(
         ResourceError: `out` is a folder that holds something.
     """
     sae = MLSAE.from_pretrained(source, lm=lm, layers=layers, revision=revision, allow_pickle=allow_pickle)
-    written = formats.write(formats.Weights(sae.config, sae.weights().tensors, fingerprint.of(sae)), Path(out), to)
+    written = formats.write(sae.marked_weights(), Path(out), to)
     again = MLSAE.from_pretrained(out, layers=sae.config.layers, allow_pickle=True)
     if not (difference := _difference(sae, again)) <= LARGEST_DIFFERENCE:
         raise ModelError(

@@ -103,7 +103,7 @@ def off_layer_matrix(
 
 def _trained_on(sae: MLSAE, group: int) -> str:
     """The layers of a group, in words; neighbours share one, so the first and the last say it."""
-    own = [layer for row, layer in enumerate(sae.layers) if sae.group_of(row) == group]
+    own = [layer for row, layer in enumerate(sae.layers) if sae.config.group_of(row) == group]
     return f"{own[0]}" if len(own) == 1 else f"{own[0]}–{own[-1]}"
 
 

@@ -244,14 +244,10 @@ class MLSAE(nn.Module):
         """`b_pre`, one row a group."""
         return self.b_pre.view(-1, self.config.d_model)
 
-    def group_of(self, row: int) -> int:
-        """The group of one of the SAE's layers: neighbours share one, and sizes differ by at most a layer."""
-        return 0 if self.config.groups == 1 else row * self.config.groups // len(self.layers)
-
     def parts(self, rows: Sequence[int]) -> list["Part"]:
         """Runs of `rows` that share a dictionary."""
         size = self.config.n_latents // self.config.groups
-        owner = [self.group_of(row) for row in rows]
+        owner = [self.config.group_of(row) for row in rows]
         starts = [i for i in range(len(rows)) if i == 0 or owner[i] != owner[i - 1]]
         return [
             Part(slice(start, stop), owner[start], slice(owner[start] * size, (owner[start] + 1) * size))
@@ -310,15 +306,18 @@ class MLSAE(nn.Module):
         """
         from mlsae.publish import push
 
-        now, saved = fingerprint.of(self), self.fingerprint
-        unchanged = saved is not None and saved["sha256"] == now["sha256"]  # then it also knows a prompt, perhaps
-        weights = replace(self.weights(), fingerprint=saved if unchanged else now)
         where: dict[str, Any] = {"private": private, "revision": revision, "license": license, "dry_run": dry_run}
-        return push(weights, repo_id, run=None if run is None else Path(run), **where, **more)
+        return push(self.marked_weights(), repo_id, run=None if run is None else Path(run), **where, **more)
 
     def weights(self) -> Weights:
         """The config and tensors, as formats take them; nothing is copied."""
         return Weights(self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()})
+
+    def marked_weights(self) -> Weights:
+        """With a fingerprint: the one they were saved with, which may know a prompt, if they are still the same."""
+        now, saved = fingerprint.of(self), self.fingerprint
+        unchanged = saved is not None and saved["sha256"] == now["sha256"]
+        return replace(self.weights(), fingerprint=saved if unchanged else now)
 
     @classmethod
     def from_weights(cls, weights: Weights) -> "MLSAE":

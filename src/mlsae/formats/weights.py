@@ -114,8 +114,7 @@ def dictionaries(weights: Weights) -> list[Dictionary]:
 
 def _folded(weights: Weights, row: int, layer: int) -> Dictionary:
     config, tensors = weights.config, weights.tensors
-    size, n_layers = config.n_latents // config.groups, len(config.layers or ())
-    group = row * config.groups // n_layers
+    size, group = config.n_latents // config.groups, config.group_of(row)
     own = slice(group * size, (group + 1) * size)
     one = Dictionary(
         W_enc=tensors["W_enc"][own],
@@ -152,7 +151,8 @@ def joined(found: Sequence[Dictionary], **facts: Any) -> Weights:
         facts: fields of the config that no dictionary holds: recipe, lens, special_tokens.
 
     Raises:
-        ModelError: dictionaries that differ in more than their numbers, or read the same layer twice.
+        ModelError: dictionaries that differ in more than their numbers.
+        ConfigError: two that read the same layer.
     """
     if len(found) > 1 and any(one.layers is None for one in found):
         raise ModelError("layers", "not said by every file; open one of them alone")
