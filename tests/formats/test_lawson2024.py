@@ -2,8 +2,8 @@
 
 import json
 import logging
-import re
 import os
+import re
 from pathlib import Path
 from typing import Any
 
