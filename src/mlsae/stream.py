@@ -12,6 +12,7 @@ from mlsae.errors import DataError
 from mlsae.files import canonical_json
 from mlsae.lm import LanguageModel
 from mlsae.reading import Reading, read, read_ahead
+from mlsae.reporting import bar
 from mlsae.sae import MLSAE
 
 READ_TOKENS = 1024
@@ -36,7 +37,8 @@ class Stream:
     """
 
     def __init__(self, config: TrainConfig, lm: LanguageModel, *, progress: bool, shared: bool = False):
-        self.lm, self.shared = lm, shared
+        self.lm, self.shared, self.progress = lm, shared, progress
+        self.init_tokens = config.init_tokens
         self.batch = config.batch_size or 1
         self.blocks = pack_split(config, lm, config.split, progress=progress)
         if (largest := self.blocks.info.max_token_id) >= lm.d_vocab:
@@ -71,9 +73,11 @@ class Stream:
 
     def sample(self, sae: MLSAE) -> Iterator[Tensor]:
         """The first batches of the stream, each block once, for what is fixed before training."""
-        for position in range(0, len(self.blocks), self.batch):
-            n = min(self.batch, len(self.blocks) - position)
-            yield read(self.lm, sae, self._tokens(position, n)).to_train(sae)
+        starts = range(0, len(self.blocks), self.batch)
+        tokens = (self._tokens(start, min(self.batch, len(self.blocks) - start)) for start in starts)
+        vectors = (read(self.lm, sae, batch).to_train(sae) for batch in tokens)
+        seen = ((batch.shape[1], batch) for batch in vectors)
+        return bar(seen, total=self.init_tokens, desc="first look", progress=self.progress)
 
     def fit_of(self, sae: MLSAE) -> tuple[dict[str, Tensor], Tensor] | None:
         """What the initial sample fixed of an SAE that begins as this one does, and each layer's variance, if one did."""
