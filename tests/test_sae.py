@@ -26,7 +26,7 @@ def make_sae(seed=0, frame="layer", groups=1, layers=LAYERS, **changes):
     sae = MLSAE(MLSAEConfig(**{**shape, **changes}))
     sae.b_pre.data.normal_()
     sae.norm_limit.uniform_(50, 100)
-    sae.frame.fit(torch.randn(len(layers), 6), torch.rand(len(layers)) + 0.5)
+    sae.frame.fit(torch.randn(len(layers), sae.config.d_model), torch.rand(len(layers)) + 0.5)
     return sae
 
 

@@ -13,6 +13,8 @@ from mlsae.flags import (
     Convert,
     Demo,
     Evaluate,
+    Explore,
+    Export,
     FitLens,
     Info,
     Output,
@@ -206,6 +208,23 @@ def run_compare(command: Compare) -> tuple[Any, str]:
     return done, "\n".join([done.table(), f"{done.directory}/comparison.json", f"{done.directory}/figures/pareto.png"])
 
 
+def run_explore(command: Explore) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae.explorer import explore
+
+    explored = explore(
+        command.sae,
+        analysis=command.analysis,
+        lm=command.lm,
+        port=command.port,
+        host=command.host,
+        allow_remote=command.allow_remote,
+        allow_hosts=command.allow_host,
+        open_browser=command.open,
+    )
+    return explored, "closed"
+
+
 def run_convert(command: Convert) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae.convert import convert
@@ -214,6 +233,50 @@ def run_convert(command: Convert) -> tuple[Any, str]:
     done = convert(command.source, command.out, **options)
     more = f" and {len(done.folders) - 1} more" if len(done.folders) > 1 else ""
     return done, f"{done.folders[0]}{more}\nReconstructions of fixed vectors differ by {done.difference:.1e} at most."
+
+
+def run_export(command: Export) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    if command.to == "neuronpedia":
+        return _export_neuronpedia(command)
+    from mlsae.downstream.delphi import write_cache
+
+    sae, lm, data = _named(command)
+    cache = write_cache(
+        sae,
+        lm,
+        data,
+        command.out,
+        tokens=command.tokens,
+        layers=command.layers,
+        context_length=command.context_length,
+        n_splits=command.n_splits,
+        progress=not command.quiet,
+    )
+    n_entries = f"{sum(cache.n_entries):,} activations at {len(cache.hookpoints)} layers"
+    return cache, f"{cache.n_tokens:,} tokens, {n_entries}\n{cache.directory}/latents"
+
+
+def _export_neuronpedia(command: Export) -> tuple[Any, str]:
+    from mlsae.downstream.neuronpedia import Names, write_export
+
+    if command.creator_id is None:
+        raise ConfigError("creator_id", "missing; give --creator-id, your id on Neuronpedia")
+    if command.analysis is None and _run_directory(command.sae) is None:
+        raise ConfigError("analysis", f"'{command.sae}' is not a run directory; give --analysis")
+    analysis = Path(command.sae) / "analysis" if command.analysis is None else command.analysis
+    sae, lm, data = _names(command)
+    names = Names(
+        creator_id=command.creator_id,
+        creator=command.creator_id if command.creator is None else command.creator,
+        release=command.release,
+        source_set=command.source_set,
+        model=Path(lm).name if command.model is None else command.model,
+    )
+    done = write_export(
+        sae, lm, analysis, command.out, names, layers=command.layers, data=data, progress=not command.quiet
+    )
+    return done, f"{done.n_features:,} features, {done.n_activations:,} activations\n{done.directory}/{names.model}"
 
 
 def run_push(command: Push) -> tuple[Any, str]:
@@ -252,8 +315,14 @@ def _again(command: Config, *names: str) -> str:
     return said
 
 
-def _named(command: Evaluate | Analyze) -> tuple[Any, str, Any]:
+def _named(command: Evaluate | Analyze | Export) -> tuple[Any, str, Any]:
     """The SAE, and the language model and text that were named, or else those it was trained with."""
+    sae, lm, data = _names(command)
+    return sae, lm, _text(command, sae, data)
+
+
+def _names(command: Evaluate | Analyze | Export) -> tuple[Any, str, str]:
+    """The same, but only the name of the text."""
     from mlsae.sae import MLSAE
 
     sae = MLSAE.from_pretrained(command.sae)
@@ -263,10 +332,10 @@ def _named(command: Evaluate | Analyze) -> tuple[Any, str, Any]:
         raise ConfigError("lm", "the SAE does not say what it was trained on; give --lm")
     if data is None:
         raise ConfigError("data", "the SAE does not say what it was trained on; give --data")
-    return sae, lm, _text(command, sae, data)
+    return sae, lm, data
 
 
-def _text(command: Evaluate | Analyze, sae: Any, data: str) -> Any:
+def _text(command: Evaluate | Analyze | Export, sae: Any, data: str) -> Any:
     """The part of the text to judge by; the text that a run was trained on is read as the run read it."""
     from mlsae import untrusted
     from mlsae.evaluate import held_out_split, trained_on
@@ -307,7 +376,9 @@ COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
     "sweep": (SweepGrid, run_sweep),
     "compare": (Compare, run_compare),
     "reproduce": (Reproduce, run_reproduce),
+    "explore": (Explore, run_explore),
     "convert": (Convert, run_convert),
+    "export": (Export, run_export),
     "push": (Push, run_push),
     "info": (Info, run_info),
 }
@@ -323,7 +394,9 @@ Train one sparse autoencoder on every layer of a language model, and see where i
   sweep      several k, sizes and seeds off one reading of the text
   compare    kinds of SAE at equal budget, set beside each other
   reproduce  every figure of the paper, on any language model
+  explore    every latent at every layer, in the browser
   convert    an SAE from one library's files into another's
+  export     activations for delphi, an analysis for Neuronpedia
   push       an SAE and its model card onto the Hugging Face Hub
   info       what is installed, and who computes the sparse operations
 

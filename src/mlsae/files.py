@@ -226,6 +226,13 @@ def probe_writable(directory: Path) -> None:
                     path.unlink() if path == probe else path.rmdir()
 
 
+def probe_empty(directory: Path) -> None:
+    """Refuse, before any work, a folder that holds something, or cannot be made or written to."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ResourceError(str(directory), "is there and not empty; name a new folder")
+    probe_writable(directory)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system that holds (or would hold) `path`."""
     with disk_errors(path):

@@ -1,6 +1,6 @@
 """What every command can be told: a field is a flag, its docstring the help."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field
@@ -179,6 +179,27 @@ class Compare(Output):
     """Go on with the comparison in that folder."""
 
 
+class Explore(Output):
+    """See where each latent lives, in a browser: a page for the SAE, for any prompt and for every latent."""
+
+    sae: Sae
+    """Run directory, SAE folder or Hub id; a run that is still going shows its training curves."""
+    analysis: str | None = None
+    """Folder that analyze wrote; None: analysis in the run directory."""
+    lm: str | None = None
+    """Language model; None: the one the SAE was trained on. It is loaded when a prompt is first typed."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    """Port to listen on; 0: any that is free."""
+    open: bool = False
+    """Open the page in the browser."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any but this machine's own also needs --allow-remote."""
+    allow_remote: bool = False
+    """Let other machines connect: whoever has the printed address can read and steer."""
+    allow_host: tuple[str, ...] = ()
+    """Further names by which the page may be asked for."""
+
+
 class Convert(Output):
     """Write an SAE in the files of another library, and check that both give the same outputs."""
 
@@ -196,6 +217,33 @@ class Convert(Output):
     """Branch, tag or commit on the Hub."""
     allow_pickle: bool = False
     """Read files that are pickles, in a process of its own and nothing but tensors and numbers of them."""
+
+
+class Export(Output, Reader):
+    """Write an SAE's activations for delphi, or its analysis for Neuronpedia, layer by layer."""
+
+    out: str
+    """New folder to write."""
+    to: Literal["delphi", "neuronpedia"] = "delphi"
+    """delphi: which latents are active where in the text. neuronpedia: what `mlsae analyze` wrote, its examples included."""
+    layers: Layers | None = None
+    """Layers of the language model; None: all the SAE's."""
+    tokens: Positive = 10_000_000
+    """For delphi: tokens to read."""
+    n_splits: Positive = 5
+    """For delphi: files for each layer."""
+    analysis: str | None = None
+    """For neuronpedia: folder that `mlsae analyze` wrote; None: analysis in the run directory."""
+    creator_id: str | None = None
+    """For neuronpedia, required: your id there."""
+    creator: str | None = None
+    """For neuronpedia: your name there; None: the id."""
+    source_set: str = "mlsae-res"
+    """For neuronpedia: what the SAE is called there, after the number of a layer."""
+    release: str = "mlsae"
+    """For neuronpedia: what the release is called there."""
+    model: str | None = None
+    """For neuronpedia: what the language model is called there; None: the last part of its name."""
 
 
 class Push(Output):

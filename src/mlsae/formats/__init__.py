@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mlsae import files
-from mlsae.errors import ConfigError, ModelError, ResourceError
+from mlsae.errors import ConfigError, ModelError
 from mlsae.formats import own
 from mlsae.formats.weights import Dictionary, Given, Weights, dictionaries, joined
 from mlsae.recipes import FormatName
@@ -58,8 +58,7 @@ def write(weights: Weights, folder: Path, to: str) -> list[Path]:
     """
     if to not in get_args(FormatName):
         raise ConfigError("to", f"'{to}' given; must be {' or '.join(get_args(FormatName))}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ResourceError(str(folder), "is there and not empty; name a new folder")
+    files.probe_empty(folder)
     with files.staged_directory(folder) as staged:
         if to == "mlsae":
             own.write(weights, staged)

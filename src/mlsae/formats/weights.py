@@ -95,7 +95,13 @@ class Dictionary:
 
 
 def dictionaries(weights: Weights) -> list[Dictionary]:
-    """One dictionary for each layer, equal to the SAE there. Tensors are shared where the frame leaves them as they are.
+    """`dictionary` of every layer."""
+    layers = weights.config.layers
+    return [dictionary(weights, row) for row in range(1 if layers is None else len(layers))]
+
+
+def dictionary(weights: Weights, row: int) -> Dictionary:
+    """The dictionary equal to the SAE at its row-th layer. Tensors are shared where the frame leaves them as they are.
 
     Frame `layer` and a tuned lens are affine maps of a layer, so they go into its weights; activations stay what they are.
 
@@ -109,7 +115,7 @@ def dictionaries(weights: Weights) -> list[Dictionary]:
         raise ConfigError(
             "lens", "a tuned lens before frame 'vector' has no twin in other libraries; use frame layer or none"
         )
-    return [_folded(weights, row, layer) for row, layer in enumerate(config.layers)]
+    return _folded(weights, row, config.layers[row])
 
 
 def _folded(weights: Weights, row: int, layer: int) -> Dictionary:
