@@ -23,6 +23,7 @@ from mlsae.files import finite
 from mlsae.lm import LanguageModel
 from mlsae.sae import MLSAE
 from mlsae.text import TextSource
+from mlsae.untrusted import load_tensors
 
 D_MODEL, CONTEXT, LAYERS, N_LATENTS = 32, 32, (0, 1, 2), 48
 SETTINGS = {"tokens": 10**6, "progress": False, "prompt": "Mary and John"}
@@ -112,10 +113,13 @@ def test_nothing_is_done_that_was_not_asked_for(tmp_path: Path, lm: LanguageMode
     assert (found.nulls, found.pairs, found.words, found.examples) == ({}, None, None, None)
     found.save(tmp_path)
     assert not (tmp_path / "examples.parquet").exists()
+    assert "promoted_logits" not in pq.read_schema(tmp_path / "latents.parquet").names
     assert found.summary()["directions"] == {"pairs": None}
 
 
-def test_a_dictionary_too_large_for_intervals_is_analyzed_without(lm, blocks: TokenBlocks, monkeypatch, caplog):
+def test_a_dictionary_too_large_for_intervals_is_analyzed_without(
+    tmp_path: Path, lm, blocks: TokenBlocks, monkeypatch, caplog
+):
     import sys
 
     monkeypatch.setattr(sys.modules["mlsae.analyze"], "MAX_STATISTICS_BYTES", 10_000)
@@ -124,6 +128,9 @@ def test_a_dictionary_too_large_for_intervals_is_analyzed_without(lm, blocks: To
     assert found.statistics.n_shards == 1
     assert found.summary()["decomposition"]["mass"]["total"]["value"] > 0
     assert math.isnan(found.summary()["decomposition"]["mass"]["total"]["ci95"][0])
+    (tmp_path / "profile.safetensors").write_bytes(b"of an older analysis")
+    found.save(tmp_path)
+    assert not (tmp_path / "profile.safetensors").exists()
 
 
 def test_the_table_has_a_row_for_every_latent(tmp_path: Path, found: Analysis):
@@ -139,7 +146,10 @@ def test_the_table_has_a_row_for_every_latent(tmp_path: Path, found: Analysis):
             continue
         assert row["centre_of_mass"] == pytest.approx(depth.centre_of_mass[latent].item())
         assert row["max_cosine"] == pytest.approx(found.pairs.max_cosine[latent].item())
-        assert len(row["promoted"]) == len(row["suppressed"]) == 8
+        for name in ("promoted", "suppressed"):
+            logits = getattr(found.words.logits, f"{name}_logits")[latent].tolist()
+            assert row[f"{name}_logits"] == pytest.approx(logits)
+            assert len(row[name]) == len(logits) == 8
     known = [row for row in table if row["centre_of_mass_low"] is not None]
     assert any(row["centre_of_mass_low"] < row["centre_of_mass_high"] for row in known)
 
@@ -147,8 +157,12 @@ def test_the_table_has_a_row_for_every_latent(tmp_path: Path, found: Analysis):
 def test_what_is_saved_is_given_back(tmp_path: Path, found: Analysis):
     found.save(tmp_path / "analysis")
     written = {path.name for path in (tmp_path / "analysis").iterdir()}
-    tables = {"latents.parquet", "examples.parquet"}
+    tables = {"latents.parquet", "examples.parquet", "profile.safetensors"}
     assert written == tables | {"layers.safetensors", "prompt.safetensors", "summary.json", "similarity.json"}
+    low, high = found.statistics.profile_interval()
+    profile = load_tensors(tmp_path / "analysis" / "profile.safetensors")
+    assert torch.equal(profile["low"].nan_to_num(9), low.nan_to_num(9))
+    assert torch.equal(profile["high"].nan_to_num(9), high.nan_to_num(9))
     loaded = LayerStatistics.load(tmp_path / "analysis" / "layers.safetensors")
     assert all(torch.equal(loaded.by_shard[name][0], getattr(found.statistics, name)) for name in loaded.by_shard)
     summary = json.loads((tmp_path / "analysis" / "summary.json").read_text())
@@ -161,7 +175,7 @@ def test_what_is_saved_is_given_back(tmp_path: Path, found: Analysis):
     assert similarity["n_tokens"] == similarity["resid"]["n_tokens"] == found.statistics.n_tokens
 
 
-@pytest.mark.parametrize("at", range(12))
+@pytest.mark.parametrize("at", range(14))
 def test_an_analysis_saved_by_halves_is_not_taken_for_one(tmp_path: Path, found: Analysis, monkeypatch, at: int):
     """Killed at any call that changes the disk, over an older one: it has its summary.json only if it is whole, old or new."""
     folder = tmp_path / "analysis"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -137,3 +137,13 @@ def test_strings_are_what_a_person_reads():
     assert shown[:5] == ["a", " ", "b", "\\n", "\\x1b"]
     assert shown[-1] == "<|endoftext|>"
     assert all(text.isprintable() or text == " " for text in shown)
+
+
+def test_strings_together_are_the_text_where_a_token_alone_loses_its_space():
+    pieces = [("<unk>", 0.0), *((piece, -1.0) for piece in ("▁a", "▁bird", "▁sang", "s", ",", "a"))]
+    backend = FastTokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=",")
+    ids = hf("a bird sang, a bird", add_special_tokens=False).input_ids
+    assert hf.decode([ids[1]]) == "bird"
+    assert Tokenizer(hf).strings(ids) == [" a", " bird", " sang", ",", " a", " bird"]

@@ -226,3 +226,40 @@ def test_random_damage_gives_an_error_or_tensors_of_the_right_shape(tmp_path):
         except ModelError:
             continue
         assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == EXPECTED
+
+
+def test_slices_are_parts_of_the_tensors(tmp_path):
+    files.save_tensors(tmp_path / "a", {"W": torch.arange(12.0).view(3, 4), "n": torch.tensor([7])})
+    expected = {"W": (torch.float32, (3, 4)), "n": (torch.int64, (1,))}
+    with untrusted.tensor_slices(tmp_path / "a", expected) as slices:
+        assert slices["W"][:, 1:2].tolist() == [[1], [5], [9]]
+        assert slices["n"][0].item() == 7
+    for wrong in (
+        {"W": (torch.float32, (3, 4))},
+        {**expected, "W": (torch.float32, (4, 3))},
+        {**expected, "b": expected["n"]},
+    ):
+        with pytest.raises(ModelError, match="tensor '"), untrusted.tensor_slices(tmp_path / "a", wrong):
+            pass
+    with pytest.raises(ModelError, match="no such file"), untrusted.tensor_slices(tmp_path / "b", expected):
+        pass
+
+
+# ---- reading lines as they come --------------------------------------------------------------------------------------
+
+
+def test_lines_are_read_from_where_the_last_ones_ended(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    lines, end = untrusted.read_jsonl_from(path, 0)
+    assert (lines, end) == ([{"a": 1}, {"a": 2}], 18)
+    assert untrusted.read_jsonl_from(path, end) == ([], end)
+    path.write_text(path.read_text() + ': "é"}\n')
+    assert untrusted.read_jsonl_from(path, end) == ([{"a": "é"}], path.stat().st_size)
+
+
+@pytest.mark.parametrize("line", [b"[1]\n", b"{\n", b"\xff\n", b'{"a": NaN}\n'])
+def test_other_lines_are_refused(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + line)
+    with pytest.raises(ConfigError):
+        untrusted.read_jsonl_from(tmp_path / "a.jsonl", 0)

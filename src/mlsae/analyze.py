@@ -119,12 +119,17 @@ class Analysis:
     def save(self, directory: str | Path, *, progress: bool = False) -> None:
         """Write every number, table and example that was found and, last, summary.json: without it, it is not whole.
 
-        layers.safetensors (the sums over all documents), latents.parquet (a row a latent), examples.parquet,
-        prompt.safetensors, similarity.json.
+        layers.safetensors (the sums over all documents), profile.safetensors (intervals of P(layer | latent), where there
+        are documents enough), latents.parquet (a row a latent), examples.parquet, prompt.safetensors, similarity.json.
         """
         directory = Path(directory)
         files.remove(directory / "summary.json")
         self.statistics.whole().save(directory / "layers.safetensors")
+        profile = self.statistics.profile_interval(progress=progress)
+        if profile is None:
+            files.remove(directory / "profile.safetensors")
+        else:
+            files.save_tensors(directory / "profile.safetensors", dict(zip(("low", "high"), profile, strict=True)))
         save_latents(directory / "latents.parquet", self.statistics, self.pairs, self.words)
         prompt = {"mass": self.prompt.mass, "by_position": self.prompt.by_position, "visible": self.prompt.visible}
         files.save_tensors(directory / "prompt.safetensors", prompt)

@@ -81,8 +81,20 @@ class Tokenizer:
         return torch.tensor([row + [self._padding_id] * (width - len(row)) for row in rows])
 
     def strings(self, ids: Sequence[int]) -> list[str]:
-        """Each token as a person reads it, control characters escaped."""
-        return [printable(self.hf.decode([i])) for i in ids]
+        """Each token as a person reads it, with the space it may begin with, control characters escaped."""
+        return [printable(self._in_a_text(i)) for i in ids]
+
+    def _in_a_text(self, token: int) -> str:
+        """What a token adds to a text: at the beginning of one, some tokenizers leave its space out."""
+        before = self._letter
+        after = self.hf.decode([*before, token])
+        start = self.hf.decode(before)
+        return after.removeprefix(start) if start and after.startswith(start) else self.hf.decode([token])
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        """Tokens of a text to which others may be added; none of a tokenizer that does not know the letter."""
+        return [i for i in self._ids("a", add_special_tokens=False) if i != self.hf.unk_token_id]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary writes it."""

@@ -116,10 +116,20 @@ def load_tensors(
         names = [name for name in file.keys() if name in (expected or ()) or not re.fullmatch(beside, name)]  # noqa: SIM118
         slices = {name: file.get_slice(name) for name in names}
         if expected is not None:
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-            wanted = {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
-            _check_tensors(path, found, wanted)
+            _check_slices(path, slices, expected)
         return {name: file.get_tensor(name) for name in slices}
+
+
+@contextlib.contextmanager
+def tensor_slices(path: Path, expected: "Mapping[str, tuple[dtype, tuple[int, ...]]]") -> "Generator[dict[str, Any]]":
+    """The tensors of a safetensors file, of which only what is asked for is read: `slices[name][:, 3:5]`.
+
+    Names, dtypes and shapes must be exactly those expected.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        _check_slices(path, slices, expected)
+        yield slices
 
 
 def load_pickled_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> "dict[str, Tensor]":
@@ -246,7 +256,11 @@ def check_header(path: Path) -> None:
         raise ModelError(str(path), f"not a readable safetensors file ({error})") from error
 
 
-def _check_tensors(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_slices(
+    path: Path, slices: Mapping[str, Any], expected: "Mapping[str, tuple[dtype, tuple[int, ...]]]"
+) -> None:
+    found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    wanted = {name: (_DTYPES[str(kind)], shape) for name, (kind, shape) in expected.items()}
     if missing := sorted(wanted.keys() - found.keys()):
         raise ModelError(str(path), f"tensor '{missing[0]}' is missing; the file is not whole")
     if unknown := sorted(found.keys() - wanted.keys()):
@@ -319,6 +333,20 @@ _PlainYaml.add_implicit_resolver(
 )
 
 
+def read_jsonl_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """The records that `JsonLines` wrote after a byte, and the byte where they end; a line cut short is left for later."""
+    if path.stat().st_size - start > MAX_JSONL_BYTES:
+        raise ConfigError(str(path), f"{path.stat().st_size} bytes; at most {MAX_JSONL_BYTES} are read")
+    with open(path, "rb") as file:
+        file.seek(start)
+        whole, newline, _ = file.read(MAX_JSONL_BYTES).rpartition(b"\n")
+    try:
+        lines = whole.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), f"byte {start + error.start}: not UTF-8") from error
+    return _objects(lines, path), start + len(whole) + len(newline)
+
+
 def read_jsonl(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """The records of a file that `JsonLines` wrote, or those in its last bytes; a line cut short by a crash is left out."""
     size = path.stat().st_size if path.is_file() else 0
@@ -328,7 +356,11 @@ def read_jsonl(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]
         with open(path, "rb") as file:
             file.seek(size - last_bytes)
             text = file.read().partition(b"\n")[2].decode()
-    records = [parse_json(line, path) for line in text.split("\n")[:-1] if line]
+    return _objects(text.split("\n")[:-1], path)
+
+
+def _objects(lines: list[str], path: Path) -> list[dict[str, Any]]:
+    records = [parse_json(line, path) for line in lines if line]
     if odd := [record for record in records if not isinstance(record, dict)]:
         raise ConfigError(str(path), f"holds {_kind(odd[0])} where a line is an object; not a file of ours")
     return records

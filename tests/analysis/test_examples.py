@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlsae.analysis import example_file, examples
-from mlsae.analysis.example_file import SCHEMA, Example, read_about, read_examples
+from mlsae.analysis.example_file import SCHEMA, Example, read_about, read_examples, read_peaks
 from mlsae.analysis.examples import Examples
 from mlsae.data import PackInfo, TokenBlocks
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, ResourceError
@@ -337,6 +337,13 @@ def test_reading_a_latent_is_choosing_its_rows(made):
         want = [e for e in everything if e.latent == latent]
         assert read_examples(path, latent) == want
         assert read_examples(path, latent, layer=5) == [e for e in want if e.layer == 5]
+
+
+def test_peaks_are_the_tokens_of_the_strongest_examples(made):
+    given, path = made
+    strongest = [e for e in brute_force(given, (2, 5), **SETTINGS) if (e.kind, e.rank) == ("top", 0)]
+    found = [pair for latent, token in read_peaks(path) for pair in zip(latent.tolist(), token.tolist(), strict=True)]
+    assert sorted(found) == sorted((e.latent, e.tokens[e.centre]) for e in strongest)
 
 
 def test_a_latent_that_was_never_active_has_no_rows(made):

@@ -554,6 +554,39 @@ def test_an_unused_latent_has_neither_birth_nor_death():
     assert (found.birth.tolist(), found.death.tolist()) == ([-1, 1], [-1, 1])
 
 
+# ---- intervals of profiles -----------------------------------------------------------------------------------------
+
+
+def of_shards(n_shards: int, n_used: int, seed: int = 14) -> LayerStatistics:
+    """Random codes of which each token is of its own shard in turn."""
+    result = LayerStatistics(5, 9, n_shards)
+    result.update(sparse(random_dense(seed)), shard=torch.arange(40) % n_used)
+    return result
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 9, 100])
+def test_intervals_of_profiles_are_those_of_the_jackknife(at_once: int):
+    result = of_shards(8, 6)
+    want = result.estimates(lambda s: {"p": s.distribution().probability})["p"]
+    low, high = result.profile_interval(latents_at_once=at_once)
+    assert low.dtype == high.dtype == torch.float32
+    assert torch.allclose(low.double(), want.low, atol=1e-6, equal_nan=True)
+    assert torch.allclose(high.double(), want.high, atol=1e-6, equal_nan=True)
+    assert (high > low).any()
+
+
+def test_a_latent_of_one_shard_has_no_interval_and_too_few_shards_give_none():
+    result = of_shards(8, 6)
+    result.by_shard["totals"][1:, :, 3] = 0
+    result._whole = {}
+    low, high = result.profile_interval()
+    assert low[:, 3].isnan().all()
+    assert high[:, 3].isnan().all()
+    assert not low[:, 4].isnan().any()
+    assert of_shards(8, 4).profile_interval() is None
+    assert LayerStatistics(5, 9, 8).profile_interval() is None
+
+
 # ---- saving and refusing -------------------------------------------------------------------------------------------
 
 

@@ -281,6 +281,20 @@ def read_all(path: str | Path) -> Iterator[list[Example]]:
             yield _examples(_read(file, [group]))
 
 
+def read_peaks(path: str | Path) -> Iterator[tuple[Int64[np.ndarray, " peak"], Int64[np.ndarray, " peak"]]]:
+    """Latents, and the token on which each is most active at a layer, for all layers; a group of rows at a time."""
+    with _opened(path) as (file, _):
+        for group in range(file.num_row_groups):
+            table = _read(file, [group])
+            kind = table["kind"].combine_chunks()
+            strongest = np.array([name == KINDS[0] for name in kind.dictionary.to_pylist()], bool)
+            first = (table["rank"].to_numpy() == 0) & strongest[kind.indices.to_numpy()]
+            sizes = _sizes(table, "tokens")
+            at = sizes.cumsum() - sizes + table["centre"].to_numpy()
+            latent, token = table["latent"].to_numpy(), _entries(table, "tokens")[at]
+            yield latent[first].astype(np.int64), token[first].astype(np.int64)
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Generator[tuple[pq.ParquetFile, About]]:
     """A Parquet file that others may have written or damaged; whatever shows that while it is read is a ModelError."""

@@ -21,8 +21,9 @@ from mlsae.analysis.events import Events, find_events
 from mlsae.config import Impl
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, did_you_mean
 from mlsae.files import save_tensors
-from mlsae.intervals import Estimate, check_shards, jackknife
+from mlsae.intervals import MIN_SHARDS, Estimate, check_shards, jackknife
 from mlsae.ops import cpu
+from mlsae.reporting import bar
 from mlsae.untrusted import load_tensors
 
 WEIGHTS = ("mass", "event", "count")
@@ -170,6 +171,25 @@ class LayerStatistics:
             name: jackknife(x, torch.stack([part[name] for part in without]) if without else x.new_empty(0, *x.shape))
             for name, x in value.items()
         }
+
+    def profile_interval(
+        self, *, latents_at_once: int = 4096, progress: bool = False
+    ) -> tuple[Float[Tensor, "layer latent"], Float[Tensor, "layer latent"]] | None:
+        """Ends of the intervals of P(layer | latent) over documents, as float32; None where too few shards hold any.
+
+        NaN for a latent that only one shard holds. Some latents at a time: never [shard, layer, n_latents] beside the sums.
+        """
+        used = self.by_shard["tokens"].nonzero()[:, 0]
+        if len(used) < MIN_SHARDS:
+            return None
+        low, high = (torch.empty(self.n_layers, self.n_latents) for _ in range(2))
+        starts = range(0, self.n_latents, latents_at_once)
+        parts = ((min(latents_at_once, self.n_latents - i), slice(i, i + latents_at_once)) for i in starts)
+        for at in bar(parts, total=self.n_latents, desc="intervals of profiles", progress=progress, unit="latent"):
+            whole, without = self.totals[:, at], self.totals[:, at] - self.by_shard["totals"][:, :, at][used]
+            found = jackknife(whole / whole.sum(0), without / without.sum(1, keepdim=True))
+            low[:, at], high[:, at] = found.low, found.high
+        return low, high
 
     def save(self, path: Path) -> None:
         """Write every sum of every shard to a safetensors file, exactly."""

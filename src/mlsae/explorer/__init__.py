@@ -1,0 +1,76 @@
+"""The explorer: every latent at every layer, in a browser. One process, one port, nothing fetched from elsewhere."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlsae.explorer.app import HERE, create_app
+from mlsae.explorer.library import Library
+from mlsae.explorer.server import Place, Running, serve, start
+
+__all__ = ["Explored", "Library", "Place", "Running", "create_app", "explore", "open_explorer"]
+
+
+@dataclass(frozen=True)
+class Explored:
+    """What was looked at."""
+
+    sae: str
+    seconds: float
+    """How long it was open."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values by field name."""
+        return asdict(self)
+
+
+def explore(
+    sae: str | Path,
+    *,
+    analysis: str | Path | None = None,
+    lm: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    allow_remote: bool = False,
+    allow_hosts: Sequence[str] = (),
+    open_browser: bool = False,
+    tell: Callable[[str], None] = print,
+) -> Explored:
+    """Serve the pages of an SAE until SIGINT or SIGTERM; `tell` is given the address, which holds the secret that signs in.
+
+    Args:
+        sae: run directory (one that is still training too), SAE folder or Hub id.
+        analysis: folder that `analyze` wrote; None: analysis in the run directory.
+        lm: language model; None: the one the SAE was trained on. It is loaded when a prompt is first typed.
+        port: 0 is any that is free.
+        allow_remote: allow a `host` that other machines can reach.
+        allow_hosts: further names by which browsers may ask for the pages.
+
+    Raises:
+        ModelError: there is no SAE, nor a run that is training one.
+        ResourceError: the port is taken, or the pages are not installed.
+    """
+    library = _opened(sae, analysis, lm)
+    place = Place(host, port, allow_remote, tuple(allow_hosts))
+    began = time.monotonic()
+    serve(lambda: create_app(library), place, style_hash=style_hash(), open_browser=open_browser, tell=tell)
+    return Explored(str(sae), time.monotonic() - began)
+
+
+def open_explorer(
+    sae: str | Path, *, analysis: str | Path | None = None, lm: str | None = None, place: Place | None = None
+) -> Running:
+    """The same in a thread of this process, on a free port: a context that ends it; for notebooks and tests."""
+    library = _opened(sae, analysis, lm)
+    return start(lambda: create_app(library), place, style_hash=style_hash())
+
+
+def style_hash() -> str:
+    """Of the one style sheet that the vendored charts put into their figures, for the policy that forbids all others."""
+    return (HERE / "static" / "vendor" / "plot-style.sha256").read_text().strip()
+
+
+def _opened(sae: str | Path, analysis: str | Path | None, lm: str | None) -> Library:
+    return Library.open(sae, analysis=None if analysis is None else Path(analysis), lm=lm)
