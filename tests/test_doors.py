@@ -78,10 +78,18 @@ ROOMS = [
     {"demo", "info"},
     {"explorer.kept"},
     {"explorer.answers"},
+    {"explorer.exchange"},
+    {"explorer.guard"},
+    {"explorer.server"},
     {"explorer.statistics", "explorer.training", "explorer.notes"},
     {"explorer.table"},
     {"explorer.library"},
-    {"explorer.heatmap", "explorer.overview", "explorer.latents"},
+    {"explorer.heatmap", "explorer.overview", "explorer.latents", "explorer.inference"},
+    {"explorer.prompts"},
+    {"explorer.steering"},
+    {"explorer.logits"},
+    {"explorer.app"},
+    {"explorer"},
     {"commands"},
     {"cli"},
     {"__init__", "__main__"},
@@ -357,6 +365,7 @@ EXAMINED = {
     "text.py": {"config", "named", "size"},  # a dataset of 0 rows weighs as one of 1
     "textfiles.py": {"self._waiting"},
     "analysis/report.py": {"run.get('directory')", "published.get('layers')"},
+    "explorer/steering.py": {"reconstruct"},  # true or false
     # Positive by validation, or None; or 0 is another spelling of None.
     "reading.py": {"lm.context_length"},
     "resolving.py": {"config.batch_size", "config.accumulation_steps", "norm_factor"},

@@ -201,6 +201,33 @@ def test_resuming_computes_no_block_up_to_the_layer(llama: LanguageModel):
         assert counter.calls == 2
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_logits_of_the_last_positions_are_the_last_of_all(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, keeps: bool
+):
+    if not keeps:  # as a model whose forward cannot leave positions out
+        monkeypatch.setattr(lm, "_can_keep", False)
+    tokens, replace = tokens_of(), {1: lambda resid: 2 * resid}
+    for last in (1, 5, tokens.shape[1]):
+        for edits in (None, replace):
+            want = lm.logits(tokens, edits)[:, -last:]
+            torch.testing.assert_close(lm.logits(tokens, edits, last=last), want, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_that_are_not_asked_for_are_not_unembedded(llama: LanguageModel):
+    rows = []
+    hook = llama.hf.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[:2]))
+    llama.logits(tokens_of(), last=2)
+    hook.remove()
+    assert rows == [(3, 2)]
+
+
+@pytest.mark.parametrize("last", [0, -1, 17])
+def test_an_impossible_number_of_last_positions(llama: LanguageModel, last: int):
+    with pytest.raises(ConfigError, match=f"last: {last}; give 1 to 16"):
+        llama.logits(tokens_of(), last=last)
+
+
 def test_blocks_are_restored_after_an_error(lm: LanguageModel):
     def fail(resid: torch.Tensor):
         raise ArithmeticError("inside")

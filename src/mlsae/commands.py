@@ -42,7 +42,7 @@ def run_demo(command: Demo) -> tuple[Any, str]:
             "",
             result.outlook,
             f"{result.seconds / 60:.1f} minutes. Open {result.report}",
-            f"Then look closer: mlsae analyze {run} --tokens 1e5",
+            f"Then look closer: mlsae explore {run} --open",
         ]
     )
 

@@ -6,6 +6,7 @@ returned, replacing a layer changes it, and a block that need not be computed pa
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class LanguageModel:
         self.context_length = self.shape.context_length
         self.d_vocab = int(hf_model.config.get_text_config().vocab_size)
         self._blocks = [_Block(module) for module in self._find_blocks()]
+        self._can_keep = "logits_to_keep" in inspect.signature(hf_model.forward).parameters
         self._check_itself()
 
     @classmethod
@@ -116,17 +118,28 @@ class LanguageModel:
         return out
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], replace: Mapping[int, Callable[[Tensor], Tensor]] | None = None
-    ) -> Float[Tensor, "batch pos {self.d_vocab}"]:
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        replace: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+        *,
+        last: int | None = None,
+    ) -> Float[Tensor, "batch shown {self.d_vocab}"]:
         """Logits in the model's dtype, with the output of each layer in `replace` replaced as it flows by.
 
         Each function receives its layer's output, which earlier replacements have already changed, as float32
         [batch, pos, d_model], and returns its replacement. No grad.
+
+        Args:
+            last: only those of so many last positions; others are not even computed, where the model can leave them out.
         """
         if replace:
             check_layers(tuple(replace), self.shape)
+        if last is not None and not 1 <= last <= tokens.shape[1]:
+            raise ConfigError("last", f"{last}; give 1 to {tokens.shape[1]}, the positions that there are")
         edits = {layer: _replace_by(fn, layer) for layer, fn in (replace or {}).items()}
-        return self._run(self.hf, tokens, edits).logits
+        keep = {"logits_to_keep": last} if last is not None and self._can_keep else {}
+        logits = self._run(self.hf, tokens, edits, **keep).logits
+        return logits if last is None else logits[:, -last:]
 
     def run_from(
         self, resid: Float[Tensor, "batch pos {self.d_model}"], layer: int, tokens: Int[Tensor, "batch pos"]
@@ -158,9 +171,9 @@ class LanguageModel:
         return (self.unembed(unit[:, None]).float() - self.unembed(torch.zeros_like(unit[:1, None])).float())[:, 0]
 
     @torch.no_grad()  # not inference_mode, whose tensors an SAE could not be trained on
-    def _run(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit]) -> Any:
+    def _run(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit], **more: Any) -> Any:
         """`_pass`, without gradient."""
-        return self._pass(module, tokens, edits)
+        return self._pass(module, tokens, edits, **more)
 
     def save_random_twin(self, folder: str | Path, seed: int = 0) -> None:
         """Write a model of the same architecture and tokenizer whose weights were never trained: a null for any finding.
@@ -174,7 +187,7 @@ class LanguageModel:
             twin.save_pretrained(staged)
             self.tokenizer.hf.save_pretrained(staged)
 
-    def _pass(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit]) -> Any:
+    def _pass(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit], **more: Any) -> Any:
         """One pass of the whole model, or of what lies below its unembedding, with `edits` standing in for blocks.
 
         There is never an attention mask. Padding is on the right, where no earlier position sees it, so prompts take
@@ -186,7 +199,7 @@ class LanguageModel:
         with contextlib.ExitStack() as stack:
             for layer, edit in edits.items():
                 stack.enter_context(self._blocks[layer].edited(edit))
-            return module(input_ids=tokens.to(self.device), use_cache=False)
+            return module(input_ids=tokens.to(self.device), use_cache=False, **more)
 
     def _find_blocks(self) -> nn.ModuleList:
         """The list of decoder blocks: outermost ModuleList of the decoder with one module per layer."""

@@ -17,9 +17,10 @@ from starlette.routing import Mount
 
 from explorer.conftest import N_LATENTS, PROMPT
 from explorer.sites import BAD_HOSTS, BAD_ORIGINS, BEARER, HOST, JSON, Ask, Guarded, requests_of
-from mlsae import explorer
 from mlsae.errors import ResourceError
-from mlsae.explorer import Library, answers, app, create_app, open_explorer
+from mlsae.explorer import answers, app, open_explorer
+from mlsae.explorer.app import create_app
+from mlsae.explorer.library import Library
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,10 @@ def test_every_path_in_the_pages_is_there(client: httpx.Client):
 
 def test_modules_import_only_what_is_installed(client: httpx.Client):
     for module in (app.HERE / "static" / "js").rglob("*.js"):
-        for name in re.findall(r'^(?:import|export)\b[^"\n]*"([^"]+)"|\bimport\("([^"]+)"\)', module.read_text(), re.M):
-            name = "".join(name)
+        source = module.read_text()
+        for name in re.findall(r'^import\b[^;"]*"([^"]+)";$', source, re.M) + re.findall(
+            r'\bimport\("([^"]+)"\)', source
+        ):
             assert name.startswith(("./", "../")), f"{module.name} imports {name} from elsewhere"
             assert (module.parent / name).is_file(), f"{module.name} imports {name}"
 
@@ -169,7 +172,7 @@ def test_no_real_route_is_reached_under_another_name_or_from_another_origin_or_w
 
 def test_every_route_can_be_asked_for_and_documents_itself_nowhere(guarded_app: Guarded):
     routes = guarded_app.app.routes
-    assert {route.path for route in routes if isinstance(route, Mount)} == {"/static"}
+    assert {route.path for route in routes if isinstance(route, Mount)} == {app.static_root()}
     assert not any("openapi" in path or "docs" in path for _, path in requests_of(guarded_app.app))
     assert {method for method, _ in requests_of(guarded_app.app)} == {"GET", "POST", "PUT"}
 
@@ -293,8 +296,8 @@ def replaced(value: Any, payload: str) -> Any:
 def test_no_text_in_any_place_of_a_page_becomes_markup(run: Path, page: str, payload: str):
     library = Library.open(run)
     data = {
-        "overview": lambda: explorer.app.overview_view(library),
-        "latent": lambda: explorer.app.latent_view(library, 3),
+        "overview": lambda: app.overview_view(library),
+        "latent": lambda: app.latent_view(library, 3),
         "error": lambda: {"error": {"field": "text", "given": "given", "allowed": "allowed"}},
     }.get(page, dict)()
     data["missing"] = [{"what": "what", "why": "why", "command": "mlsae analyze"}]

@@ -135,6 +135,17 @@ def test_an_analysis_that_was_there_before_the_sae_is_checked_when_it_comes(run:
     assert library.table is not None
 
 
+def test_an_analysis_of_other_layers_is_found_out_when_the_sae_comes(run: Path, tmp_path: Path):
+    shutil.move(run / "sae", tmp_path / "sae")
+    summary = json.loads((run / "analysis" / "summary.json").read_text())
+    files.write_json(run / "analysis" / "summary.json", {**summary, "layers": [0, 1]})
+    library = Library.open(run)
+    all_views(library)
+    shutil.move(tmp_path / "sae", run / "sae")
+    assert "other layers" in why(library, "analysis")
+    assert library.statistics is None
+
+
 def test_an_analysis_being_written_is_not_shown(run: Path):
     library = Library.open(run)
     assert library.statistics is not None

@@ -56,6 +56,7 @@ def test_histograms_count_every_latent_that_was_ever_active_once(page: dict, tin
         x = table[name].drop_null().to_numpy()
         counts, _ = np.histogram(x, found["edges"])
         assert found["counts"] == counts.tolist()
+        assert (found["edges"][0], found["edges"][-1]) == {"centre_of_mass": (0, 5), "effective_layers": (1, 6)}[name]
         assert sum(found["counts"]) == page["statistics"]["n_alive"] == len(x)
 
 

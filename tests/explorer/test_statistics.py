@@ -58,6 +58,14 @@ def test_latents_of_one_layer_are_in_the_order_of_their_ids(tmp_path: Path):
     assert np.isnan(found.probability[:, 2]).all()
 
 
+def test_equal_ones_keep_their_order_however_many_there_are(tmp_path: Path):
+    sums = LayerStatistics(3, 3000)
+    sums.by_shard["totals"][0, torch.arange(3000) % 3, torch.arange(3000)] = 1
+    sums.save(tmp_path / "x.safetensors")
+    found = Statistics.read(tmp_path / "x.safetensors", (0, 1, 2), 3000)
+    assert found.ordered.latent.tolist() == [*range(0, 3000, 3), *range(1, 3000, 3), *range(2, 3000, 3)]
+
+
 def test_places_between_layers_are_taken_to_their_ids(found: Statistics):
     assert found.on_layers(1.25) == 1.25
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from mlsae.analysis.example_file import read_all
+from mlsae.analysis.latents import columns, save_columns
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.explorer.library import Library
 from mlsae.explorer.statistics import Statistics
@@ -124,6 +125,21 @@ def test_layers_of_a_subset_are_layer_ids(tiny_run: Path):
         assert set(table.columns[name][known]) <= {2, 5, 9, 11, 12, 20}
         assert np.array_equal(np.isnan(table.columns[name]), ~known)
     assert np.array_equal(table.columns["std"], plain.columns["std"], equal_nan=True)
+
+
+def test_a_latent_never_active_has_no_depth_and_lies_in_no_range(tmp_path: Path):
+    sums = LayerStatistics(3, 2)
+    sums.by_shard["totals"][0, 1, 0] = sums.by_shard["counts"][0, 1, 0] = sums.by_shard["n_events"][0, 0] = 1
+    sums.by_shard["tokens"] += 4
+    sums.save(tmp_path / "layers.safetensors")
+    save_columns(tmp_path / "latents.parquet", columns(sums, None, None))
+    statistics = Statistics.read(tmp_path / "layers.safetensors", (0, 1, 2), 2)
+    table = Table.read(tmp_path / "latents.parquet", statistics)
+    for name in ("birth", "death", "centre_of_mass"):
+        assert np.array_equal(table.columns[name], [1, np.nan], equal_nan=True)
+    assert table.chosen(SearchRequest(birth_min="-5")).tolist() == [True, False]
+    assert table.sorted(np.ones(2, bool), "birth", descending=True).tolist() == [0, 1]
+    assert (table.promoted, table.problem, table.words(0)) == (None, None, [])
 
 
 def test_without_a_table_it_says_so(tiny_run: Path):

@@ -47,6 +47,11 @@ def test_lines_that_were_taken_back_are_forgotten(tmp_path: Path):
     path.write_text("".join(line(i, loss=9.5, note="x" * i) for i in range(1, 9)))  # longer than before, and other
     assert steps(training) == list(range(1, 9))
     assert {point["loss"] for point in training.points()} == {9.5}
+    end = path.stat().st_size
+    padded = line(1, note="x" * (end - len(line(1, note=""))))
+    assert len(padded) == end  # a line begins where the last one read ended, and is not of what was read
+    path.write_text(padded + line(2) + line(3))
+    assert steps(training) == [1, 2, 3]
     path.unlink()
     assert steps(training) == []
 

@@ -4,6 +4,7 @@ import contextlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -301,10 +302,18 @@ def _opened(path: str | Path) -> Generator[tuple[pq.ParquetFile, About]]:
     if not Path(path).is_file():
         raise ModelError(str(path), "no such file; `mlsae analyze` writes it")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        now = Path(path).stat()
+        about = _metadata(Path(path), (now.st_mtime_ns, now.st_size, now.st_ino))
+        with pq.ParquetFile(path, metadata=about, page_checksum_verification=True) as file:
             yield file, _about(file.schema_arrow)
     except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
         raise ModelError(str(path), f"is not a whole file of examples ({str(error).splitlines()[0]})") from error
+
+
+@lru_cache(maxsize=1)
+def _metadata(path: Path, changed: tuple[int, int, int]) -> pq.FileMetaData:
+    """Kept until the file changes: of a large one it takes longer to read than a latent."""
+    return pq.read_metadata(path)
 
 
 def _about(schema: pa.Schema) -> About:

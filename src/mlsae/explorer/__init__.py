@@ -3,14 +3,19 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlsae.explorer.app import HERE, create_app
-from mlsae.explorer.library import Library
+from starlette.types import ASGIApp
+
+from mlsae.errors import ResourceError
 from mlsae.explorer.server import Place, Running, serve, start
 
-__all__ = ["Explored", "Library", "Place", "Running", "create_app", "explore", "open_explorer"]
+__all__ = ["Explored", "Place", "Running", "explore", "open_explorer"]
+
+PLOT_STYLE = Path(str(files("mlsae.explorer"))) / "static" / "vendor" / "plot-style.sha256"
+"""Hash of the one style sheet that the vendored charts put into their figures, for the policy that forbids all others."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,9 @@ def explore(
         ModelError: there is no SAE, nor a run that is training one.
         ResourceError: the port is taken, or the pages are not installed.
     """
-    library = _opened(sae, analysis, lm)
     place = Place(host, port, allow_remote, tuple(allow_hosts))
     began = time.monotonic()
-    serve(lambda: create_app(library), place, style_hash=style_hash(), open_browser=open_browser, tell=tell)
+    serve(_app_of(sae, analysis, lm), place, style_hash=_style_hash(), open_browser=open_browser, tell=tell)
     return Explored(str(sae), time.monotonic() - began)
 
 
@@ -63,14 +67,22 @@ def open_explorer(
     sae: str | Path, *, analysis: str | Path | None = None, lm: str | None = None, place: Place | None = None
 ) -> Running:
     """The same in a thread of this process, on a free port: a context that ends it; for notebooks and tests."""
-    library = _opened(sae, analysis, lm)
-    return start(lambda: create_app(library), place, style_hash=style_hash())
+    return start(_app_of(sae, analysis, lm), place, style_hash=_style_hash())
 
 
-def style_hash() -> str:
-    """Of the one style sheet that the vendored charts put into their figures, for the policy that forbids all others."""
-    return (HERE / "static" / "vendor" / "plot-style.sha256").read_text().strip()
+def _app_of(sae: str | Path, analysis: str | Path | None, lm: str | None) -> Callable[[], ASGIApp]:
+    """What makes the app, once there is a port for it: torch is imported only then."""
+
+    def make() -> ASGIApp:
+        from mlsae.explorer.app import create_app
+        from mlsae.explorer.library import Library
+
+        return create_app(Library.open(sae, analysis=None if analysis is None else Path(analysis), lm=lm))
+
+    return make
 
 
-def _opened(sae: str | Path, analysis: str | Path | None, lm: str | None) -> Library:
-    return Library.open(sae, analysis=None if analysis is None else Path(analysis), lm=lm)
+def _style_hash() -> str:
+    if not PLOT_STYLE.is_file():
+        raise ResourceError("explorer", "its pages are not installed; run 'pip install --force-reinstall mlsae'")
+    return PLOT_STYLE.read_text().strip()

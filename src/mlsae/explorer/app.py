@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import threading
 from collections.abc import AsyncGenerator
 from functools import cache
@@ -111,6 +112,7 @@ class SteerQuery(Edited):
 class LogitsQuery(Edited):
     """LogitsRequest, as text."""
 
+    reconstruct: QueryFlag | None = None
     start: QueryIndex | None = None
     stop: QueryIndex | None = None
     top: QueryIndex | None = None
@@ -133,12 +135,30 @@ def create_app(library: Library) -> FastAPI:
         worker.close()
 
     app = FastAPI(title="mlsae explorer", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.mount("/static", StaticFiles(directory=HERE / "static"))
+    app.mount(static_root(), _Kept(directory=HERE / "static"))
     shape_errors(app, page=lambda status, body: _page(library, "error", body, status))
     _add_numbers(app, library)
     _add_inference(app, worker)
     _add_pages(app, library)
     return app
+
+
+class _Kept(StaticFiles):
+    """Files that a browser never asks for again: another content has another address."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
+        return response
+
+
+@cache
+def static_root() -> str:
+    """Where the scripts and styles are: an address that changes whenever one of them does."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE / "static").rglob("*")):
+        digest.update(str(path.relative_to(HERE)).encode() + (path.read_bytes() if path.is_file() else b""))
+    return f"/static-{digest.hexdigest()[:16]}"
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -191,7 +211,11 @@ def _page(library: Library, name: str, data: dict[str, Any], status: int = 200) 
 def rendered(page: str, site: dict[str, Any], data: dict[str, Any]) -> str:
     """A page's HTML, its dict in words and, for its scripts, in a block that no text in it can end."""
     in_html = json_bytes(data).decode().replace("<", "\\u003c")
-    return _templates().get_template(f"{page}.html").render(page=page, site=site, data=data, data_json=Markup(in_html))
+    return (
+        _templates()
+        .get_template(f"{page}.html")
+        .render(page=page, site=site, data=data, data_json=Markup(in_html), static=static_root())
+    )
 
 
 # ---- numbers that are there ------------------------------------------------------------------------------------------

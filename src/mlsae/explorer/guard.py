@@ -25,6 +25,7 @@ from mlsae.explorer.exchange import (
     refuse,
     run,
     text_of,
+    value_of,
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -54,7 +55,7 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            is_file = scope["path"].startswith("/static/")
+            is_file = scope["path"].startswith("/static")
             reply = Reply(send, self.headers, self._limits.response_bytes, is_file=is_file)
             try:
                 await self._let_in(scope, receive, reply)

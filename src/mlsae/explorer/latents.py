@@ -222,7 +222,7 @@ def nearest(W_dec: Float[Tensor, "latent d_model"], latent: int, n: int) -> tupl
         rows = W_dec[start : start + ROWS_AT_ONCE]
         norms = torch.linalg.vector_norm(rows, dim=1).clamp_min_(torch.finfo(rows.dtype).tiny)
         cosines[start : start + ROWS_AT_ONCE] = (rows @ row) / norms
-    pass
+    cosines[latent] = -torch.inf
     ids = cosines.topk(min(n, len(W_dec) - 1)).indices
     exact = torch.nn.functional.cosine_similarity(W_dec[ids].double(), W_dec[latent].double()[None], dim=1)
     order = np.lexsort((ids.cpu().numpy(), -exact.cpu().numpy()))

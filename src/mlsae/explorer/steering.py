@@ -121,7 +121,7 @@ def dosed(session: Session, edits: Sequence[Edit], code: PromptCode) -> list[Dos
     for number, edit in enumerate(edits):
         session.check_latent(edit.latent, f"edits.{number}.latent")
         own = layers_of(sae, edit.latent)
-        for layer in edit.layers or ():
+        for layer in () if edit.layers is None else edit.layers:
             if layer not in own:
                 allowed = f"latent {edit.latent} is read at layers {own[0]} to {own[-1]}"
                 raise ConfigError(f"edits.{number}.layers", f"{layer}; {allowed} of this SAE")
@@ -299,7 +299,8 @@ def _go_on(
     prompted: Tensor | None = None
     while True:
         where = torch.nn.functional.pad(visible, (0, tokens.shape[1] - len(code.ids)), value=True)
-        found = lm.logits(tokens, replacements(sae, changes, where, reconstruct=reconstruct))
+        last = None if prompted is None else 1  # of what was already there, nothing is asked again
+        found = lm.logits(tokens, replacements(sae, changes, where, reconstruct=reconstruct), last=last)
         session.step()
         prompted = found[0] if prompted is None else prompted
         new = tokens[0, len(code.ids) :].tolist()
