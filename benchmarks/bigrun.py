@@ -18,7 +18,7 @@ from mlsae.sae import MLSAE
 N_LATENTS, N_LAYERS, D_MODEL, K, N_TOKENS = 196_608, 28, 512, 32, 1_000_000
 N_WITH_EXAMPLES, N_TOP, N_SAMPLED, REACH = 4000, 16, 8, 20
 N_STRINGS, D_VOCAB = 50_000, 32_000
-WORDS = "the cat dog run blue time water light house moon tree stone bird night fire sea".split()
+WORDS = ("the", "cat", "dog", "run", "blue", "time", "water", "light", "house", "moon", "tree", "stone", "bird", "sea")
 
 
 def make(run: Path, *, n_latents: int = N_LATENTS, n_layers: int = N_LAYERS, lm: str | None = None) -> Path:
@@ -79,6 +79,7 @@ def _columns(rng: np.random.Generator, sums: LayerStatistics) -> dict[str, pa.Ar
     columns = {"latent": pa.array(np.arange(n, dtype=np.int32)), "n_events": pa.array(sums.n_events.numpy())}
     estimates = {name: getattr(found, name) for name in ("centre_of_mass", "std", "effective_layers")}
     estimates["event_effective_layers"] = sums.effective_layers / sums.n_events
+    estimates["rate"] = sums.n_events / N_TOKENS
     for name, x in estimates.items():
         for ending, factor in (("", 1.0), ("_low", 0.97), ("_high", 1.03)):
             columns[name + ending] = pa.array(x.double().numpy() * factor, from_pandas=True)
@@ -86,7 +87,7 @@ def _columns(rng: np.random.Generator, sums: LayerStatistics) -> dict[str, pa.Ar
         columns[name] = pa.array(getattr(found, name).numpy(), from_pandas=True)
     columns["max_cosine"] = pa.array(rng.uniform(0.1, 0.9, n).astype(np.float32))
     columns["neighbour"] = pa.array(rng.integers(0, n, n))
-    strings = pa.array([f"{WORDS[i % 16]}{i // 16 or ''}" for i in range(N_STRINGS)])
+    strings = pa.array([f"{WORDS[i % len(WORDS)]}{i // len(WORDS) or ''}" for i in range(N_STRINGS)])
     ends = pa.array(np.arange(0, 8 * n + 1, 8, dtype=np.int32))
     for name in ("promoted", "suppressed"):
         ids = pa.array(rng.integers(0, N_STRINGS, 8 * n, dtype=np.int32))
@@ -159,7 +160,10 @@ def _reports(sums: LayerStatistics, lm: str | None, run: Path) -> Mapping[str, A
             "raw": similarity,
         },
         "analysis/summary.json": {
-            **{"n_tokens": N_TOKENS, "layers": layers, **depth, "seconds": 1.0},
+            "n_tokens": N_TOKENS,
+            "layers": layers,
+            "seconds": 1.0,
+            **depth,
             "nulls": {"independent": depth, "shuffled_layers": depth},
             "distribution": {"n_used": int((sums.n_events > 0).sum())},
         },
@@ -168,7 +172,9 @@ def _reports(sums: LayerStatistics, lm: str | None, run: Path) -> Mapping[str, A
             "layers": [{"layer": i, **quality} for i in layers],
             "mean": quality,
             "all_layers": {"delta_ce": 0.4, "kl": 0.3},
-            **{"clean_ce": 3.0, "dead_fraction": 0.06, "lawson2024": {"layers": [], "mean": {}}},
+            "clean_ce": 3.0,
+            "dead_fraction": 0.06,
+            "lawson2024": {"layers": [], "mean": {}},
         },
         "config.json": {"lm": lm, "data": "synthetic", "out": str(run), **text, **shape},
     }

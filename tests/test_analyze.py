@@ -122,7 +122,7 @@ def test_a_dictionary_too_large_for_intervals_is_analyzed_without(
 ):
     import sys
 
-    monkeypatch.setattr(sys.modules["mlsae.analyze"], "MAX_STATISTICS_BYTES", 10_000)
+    monkeypatch.setattr(sys.modules["mlsae.analysis.sums"], "MAX_STATISTICS_BYTES", 10_000)
     found = analyze(make_sae(), lm, blocks, **SETTINGS)
     assert "too many for intervals" in caplog.text
     assert found.statistics.n_shards == 1

@@ -1,6 +1,5 @@
 """Read the layers of an SAE: where its latents live over much text, and on one prompt."""
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,26 +17,18 @@ from mlsae.analysis.examples import Examples
 from mlsae.analysis.geometry import AdjacentSimilarity, ResidMeans
 from mlsae.analysis.latents import save_latents
 from mlsae.analysis.layers import LayerStatistics
-from mlsae.analysis.nulls import NullStatistics
 from mlsae.analysis.summary import headlines, nested, summarise
 from mlsae.analysis.vocabulary import Words, words_of
-from mlsae.data import TextBatch, TextSource, TokenBlocks
-from mlsae.errors import DataError
-from mlsae.evaluate import open_blocks, open_pair, text_batches, token_batches
-from mlsae.intervals import MIN_SHARDS, N_SHARDS, shard_of
+from mlsae.data import TextSource, TokenBlocks
+from mlsae.evaluate import open_blocks, open_pair
 from mlsae.lm import LanguageModel
-from mlsae.reading import Reading, read
+from mlsae.reading import read
 from mlsae.sae import MLSAE
+from mlsae.shards import TextShard, Whole, WrittenShard, work_on, write
 from mlsae.tokens import Tokenizer
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 """The published prompt (Lawson et al. 2024, figures of single prompts)."""
-MEAN_TOKENS = 65_536
-"""Tokens whose mean vectors centre the similarity of adjacent layers."""
-MAX_STATISTICS_BYTES = 4 << 30
-"""Memory for the sums of all shards of documents; a dictionary too large for it is given fewer, then no, intervals."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,16 +177,91 @@ def analyze(
     sae, lm = open_pair(sae, lm)
     activity = prompt_activity(sae, lm, prompt)  # first: a prompt that cannot be read must not cost hours
     blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
-    means = resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), progress=progress)
-    sums = AnalysisSums(sae, means, blocks.context_length, nulls=nulls, examples=examples)
-    for batch in text_batches(blocks, tokens, desc="analyze", progress=progress):
-        sums.update(sae, read(lm, sae, batch.tokens), batch)
+    sums = analysis_sums(sae, lm, blocks, tokens, nulls=nulls, examples=examples, progress=progress)
+    return _analysis(sae, lm, blocks, sums, activity, directions=directions, started=started, progress=progress)
+
+
+def analyze_shard(
+    sae: MLSAE | str | Path,
+    lm: LanguageModel | str | Path,
+    data: str | TextSource | TokenBlocks,
+    out: str | Path,
+    shard: TextShard,
+    *,
+    tokens: int = 10_000_000,
+    split: str | None = None,
+    context_length: int | None = None,
+    prompt: str = PROMPT,
+    nulls: bool = True,
+    directions: bool = True,
+    examples: int = 32,
+    asked: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> WrittenShard:
+    """Do one part of what `analyze` would do, and write its sums under `out` for `merge_analysis`; see both."""
+    started = time.monotonic()
+    sae, lm = open_pair(sae, lm)
+    prompt_activity(sae, lm, prompt)  # a prompt that cannot be read must not wait for the merge
+    blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
+    options = {"prompt": prompt, "nulls": nulls, "directions": directions, "examples": examples}
+    work = work_on("analyze", sae, lm, blocks, tokens, **options)
+    sums = analysis_sums(sae, lm, blocks, tokens, nulls=nulls, examples=examples, shard=shard, progress=progress)
+
+    def save(folder: Path) -> None:
+        sums.save(folder, blocks)
+
+    return write(Path(out), shard, work, save, seconds=time.monotonic() - started, asked=asked)
+
+
+def merge_analysis(
+    whole: Whole,
+    sae: MLSAE | str | Path,
+    lm: LanguageModel | str | Path,
+    data: str | TextSource | TokenBlocks,
+    *,
+    split: str | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """What `analyze` would have returned, from the shards that `shards.gather` found; `seconds` are those of all of them.
+
+    Raises:
+        ModelError: the shards are of another SAE or language model.
+        DataError: the shards are of another text.
+    """
+    started = time.monotonic() - whole.seconds
+    sae, lm = open_pair(sae, lm)
+    work, options = whole.work, whole.work.options
+    reading: dict[str, Any] = {"tokens": work.tokens, "context_length": work.context_length, "split": split}
+    blocks = open_blocks(sae, lm, data, **reading, progress=progress)
+    work.check(sae, lm, blocks)
+    kept: dict[str, Any] = {"nulls": options["nulls"], "examples": options["examples"]}
+    parts = (AnalysisSums.load(folder, sae, blocks.context_length, **kept) for folder in whole.folders)
+    sums = next(parts)
+    for part in parts:
+        sums.merge(part)
+    activity = prompt_activity(sae, lm, str(options["prompt"]))
+    directions = bool(options["directions"])
+    return _analysis(sae, lm, blocks, sums, activity, directions=directions, started=started, progress=progress)
+
+
+def _analysis(
+    sae: MLSAE,
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    sums: AnalysisSums,
+    activity: PromptActivity,
+    *,
+    directions: bool,
+    started: float,
+    progress: bool,
+) -> Analysis:
+    """The sums, and what takes the weights alone."""
     centre = sums.statistics.distribution().centre_of_mass if directions else None
     return Analysis(
         layers=sae.layers,
         statistics=sums.statistics,
         nulls=sums.nulls.statistics if sums.nulls is not None else {},
-        means=means,
+        means=sums.similarity.means,
         similarity=sums.similarity,
         pairs=None if centre is None else _pairs(sae, centre, progress=progress),
         words=words_of(sae, lm, progress=progress) if directions else None,
@@ -208,57 +274,10 @@ def analyze(
     )
 
 
-class AnalysisSums:
-    """Everything that `analyze` adds up over the text, batch by batch."""
-
-    def __init__(self, sae: MLSAE, means: ResidMeans, context_length: int, *, nulls: bool, examples: int):
-        sizes = (len(sae.layers), sae.config.n_latents)
-        self.similarity = AdjacentSimilarity(means, N_SHARDS)
-        self.statistics = LayerStatistics(*sizes, shards_that_fit(*sizes))
-        self.nulls = NullStatistics(*sizes) if nulls else None
-        n_kept: dict[str, int] = {"n_top": examples, "n_sampled": -(-examples // 2)}
-        self.examples = Examples(*sizes, context_length, **n_kept) if examples else None
-        self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
-
-    @torch.no_grad()
-    def update(self, sae: MLSAE, reading: Reading, batch: TextBatch) -> None:
-        """Add one batch of text."""
-        visible, code = reading.visible.cpu(), sae.encode(reading.vectors)
-        documents = batch.documents[visible]
-        self.statistics.update(code, visible.nonzero()[:, 0], shard_of(documents, self.statistics.n_shards))
-        self.similarity.update(sae.lensed(reading.vectors), shard_of(documents))
-        if self.nulls is not None:
-            self.nulls.update(code)
-        if self.examples is not None:
-            self.examples.update(code, visible, batch.blocks.numpy())
-        self.over_norm += reading.over_norm.cpu()
-
-
 def _pairs(sae: MLSAE, centre_of_mass: Float[Tensor, " n_latents"], *, progress: bool) -> Pairs:
     """Decoder rows against each other, by difference of depth up to 5 layers or as many as there are."""
     max_gap = min(5.0, max(1.0, len(sae.layers) - 1.0))
     return compare_pairs(sae.W_dec, centre_of_mass, max_gap=max_gap, progress=progress)
-
-
-def shards_that_fit(n_layers: int, n_latents: int) -> int:
-    """Shards of documents to keep apart: N_SHARDS, or as many as MAX_STATISTICS_BYTES allows, or one."""
-    with torch.device("meta"):
-        one = LayerStatistics(n_layers, n_latents)
-    n_bytes = sum(part.element_size() * part.numel() for part in one.by_shard.values())
-    n_shards = min(N_SHARDS, MAX_STATISTICS_BYTES // n_bytes)
-    if n_shards < MIN_SHARDS:
-        log.warning("%d layers x %d latents are too many for intervals of the depth statistics", n_layers, n_latents)
-    return n_shards if n_shards >= MIN_SHARDS else 1
-
-
-def resid_means(sae: MLSAE, lm: LanguageModel, blocks: TokenBlocks, tokens: int, *, progress: bool) -> ResidMeans:
-    """Mean vectors and norms of each layer over the first `tokens` tokens that `analyze` reads."""
-    means = ResidMeans(len(sae.layers), sae.config.d_model)
-    for batch in token_batches(blocks, tokens, desc="means of layers", progress=progress):
-        means.update(sae.lensed(read(lm, sae, batch).vectors))
-    if means.n_tokens == 0:
-        raise DataError("data", "no token is left after masking; use longer text")
-    return means
 
 
 @torch.no_grad()

@@ -79,6 +79,8 @@ class TextBatch:
     """Their places on disk."""
     documents: Int[Tensor, "batch pos"]
     """The document of each token, counted from 0."""
+    position: int
+    """Where in the shuffled text the first of them stands."""
 
 
 class TokenBlocks:
@@ -145,11 +147,18 @@ class TokenBlocks:
     def batch(self, position: int, n: int) -> "TextBatch":
         """The n blocks after the first `position` of the shuffled text, and where they are from."""
         ids = self.block_ids(position, n)
-        return TextBatch(self.tokens(ids), torch.from_numpy(ids), self.document_ids(ids))
+        return TextBatch(self.tokens(ids), torch.from_numpy(ids), self.document_ids(ids), position)
 
     def pass_of(self, position: int) -> int:
         """How many times the text was read whole before this position."""
         return position // self.n_blocks
+
+    def sha256(self) -> str:
+        """Hash of the token ids and of where documents start, whatever file or machine they are on."""
+        found = hashlib.sha256(repr((self._tokens.shape, self._tokens.dtype.str)).encode())
+        found.update(np.ascontiguousarray(self._tokens).data)
+        found.update(np.ascontiguousarray(self.document_starts).data)
+        return found.hexdigest()
 
     def summary(self) -> str:
         """What was packed, in words."""

@@ -19,6 +19,7 @@ from mlsae.metrics import ReconstructionSums, cross_entropy, kl_divergence
 from mlsae.reading import Reading, check_pair, read, text_blocks
 from mlsae.reporting import bar
 from mlsae.sae import MLSAE
+from mlsae.shards import SUMS, TextShard, Whole, WrittenShard, load_sums, save_sums, work_on, write
 
 BATCH_TOKENS = 2048
 """Tokens of one batch; the published code's metrics are means over batches of this many."""
@@ -91,18 +92,72 @@ def evaluate(
     started = time.monotonic()
     sae, lm = open_pair(sae, lm)
     blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
-    sums = EvaluationSums(sae)
-    spliced = 0
-    for batch in text_batches(blocks, tokens, desc="evaluate", progress=progress):
-        reading, shard = read(lm, sae, batch.tokens), shard_of(batch.documents)
-        recon = sums.update_reconstruction(sae, reading, shard)
-        if splice_tokens is None or spliced < splice_tokens:
-            part = slice(None)
-            if splice_tokens is not None:
-                part = slice(-(-(splice_tokens - spliced) // blocks.context_length))
-            sums.update_downstream(lm, sae, reading, recon, shard, part)
-            spliced += reading.tokens[part].numel()
+    sums = evaluation_sums(sae, lm, blocks, tokens, splice_tokens, progress=progress)
     return sums.evaluation(sae, time.monotonic() - started)
+
+
+def evaluate_shard(
+    sae: MLSAE | str | Path,
+    lm: LanguageModel | str | Path,
+    data: str | TextSource | TokenBlocks,
+    out: str | Path,
+    shard: TextShard,
+    *,
+    tokens: int = 1_000_000,
+    splice_tokens: int | None = None,
+    split: str | None = None,
+    context_length: int | None = None,
+    asked: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> WrittenShard:
+    """Do one part of what `evaluate` would do, and write its sums under `out` for `merge_evaluation`; see both."""
+    started = time.monotonic()
+    sae, lm = open_pair(sae, lm)
+    blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
+    work = work_on("evaluate", sae, lm, blocks, tokens, splice_tokens=splice_tokens)
+    sums = evaluation_sums(sae, lm, blocks, tokens, splice_tokens, shard=shard, progress=progress)
+
+    def save(folder: Path) -> None:
+        save_sums(folder / SUMS, sums)
+
+    return write(Path(out), shard, work, save, seconds=time.monotonic() - started, asked=asked)
+
+
+def merge_evaluation(whole: Whole, sae: MLSAE) -> Evaluation:
+    """What `evaluate` would have returned, from the shards that `shards.gather` found; `seconds` are those of all of them.
+
+    Raises:
+        ModelError: the shards are of another SAE.
+        DataError: no token was left after masking.
+    """
+    started = time.monotonic()
+    whole.work.check(sae)
+    sums = EvaluationSums(sae)
+    for folder in whole.folders:
+        sums.merge(load_sums(folder / SUMS, EvaluationSums(sae)))
+    return sums.evaluation(sae, whole.seconds + time.monotonic() - started)
+
+
+def evaluation_sums(
+    sae: MLSAE,
+    lm: LanguageModel,
+    blocks: TokenBlocks,
+    tokens: int,
+    splice_tokens: int | None,
+    *,
+    shard: TextShard | None = None,
+    progress: bool,
+) -> "EvaluationSums":
+    """The sums over `tokens` tokens of the blocks, or over one shard of them."""
+    sums = EvaluationSums(sae)
+    n_spliced = len(blocks) if splice_tokens is None else -(-splice_tokens // blocks.context_length)
+    for batch in text_batches(blocks, tokens, desc="evaluate", shard=shard, progress=progress):
+        reading, documents = read(lm, sae, batch.tokens), shard_of(batch.documents)
+        recon = sums.update_reconstruction(sae, reading, documents)
+        if batch.position < n_spliced:
+            part = slice(n_spliced - batch.position)
+            sums.update_downstream(lm, sae, reading, recon, documents, part)
+    return sums
 
 
 def open_pair(sae: MLSAE | str | Path, lm: LanguageModel | str | Path) -> tuple[MLSAE, LanguageModel]:
@@ -149,17 +204,23 @@ def token_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool
     return (batch.tokens for batch in text_batches(blocks, tokens, desc=desc, progress=progress))
 
 
-def text_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool) -> Iterator[TextBatch]:
-    """The same, with their places and documents."""
+def text_batches(
+    blocks: TokenBlocks, tokens: int, *, desc: str, shard: TextShard | None = None, progress: bool
+) -> Iterator[TextBatch]:
+    """The same, with their places and documents; or one shard of them."""
     n_blocks = min(len(blocks), max(1, tokens // blocks.context_length))
     size = max(1, BATCH_TOKENS // blocks.context_length)
+    positions = range(0, n_blocks, size)
+    if shard is not None:
+        positions = shard.part(positions)
 
     def batches() -> Iterator[tuple[int, TextBatch]]:
-        for position in range(0, n_blocks, size):
+        for position in positions:
             batch = blocks.batch(position, min(size, n_blocks - position))
             yield batch.tokens.numel(), batch
 
-    return bar(batches(), total=n_blocks * blocks.context_length, desc=desc, progress=progress)
+    total = sum(min(size, n_blocks - position) for position in positions) * blocks.context_length
+    return bar(batches(), total=total, desc=desc, progress=progress)
 
 
 class EvaluationSums:
@@ -219,6 +280,16 @@ class EvaluationSums:
         self.n_predicted += shard[:, 1:].flatten().bincount(minlength=N_SHARDS)
         self.n_positions += shard.flatten().bincount(minlength=N_SHARDS)
         self.n_sequences += len(tokens)
+
+    def merge(self, other: "EvaluationSums") -> None:
+        """Add the tokens of another pass."""
+        self.reconstruction.merge(other.reconstruction)
+        if self.lensed is not None and other.lensed is not None:
+            self.lensed.merge(other.lensed)
+        self.fired |= other.fired
+        for name in ("over_norm", "losses", "kl", "kl_reversed", "n_predicted", "n_positions"):
+            getattr(self, name).add_(getattr(other, name))
+        self.n_sequences += other.n_sequences
 
     def _compare(self, row: int, clean: Tensor, logits: Tensor, tokens: Tensor, shard: Tensor) -> None:
         """Add one splice: `clean` are the untouched model's log-probabilities, `logits` the spliced one's."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlsae.config import Config
 from mlsae.errors import ModelError
-from mlsae.files import finite
+from mlsae.files import finite, json_digest
 
 if TYPE_CHECKING:
     from mlsae.lm import LanguageModel
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPT = "When Mary and John went to the store, John gave a drink to Mary. Then he paid, and both of them walked home."
+N_SAMPLED = 1024
+"""Numbers looked at of every weight of a language model, at least."""
 N_VECTORS = 8
 """Fixed vectors of each of three layers: a look at a dictionary of a million latents must not take a minute."""
 TOLERANCE, LM_TOLERANCE = 1e-3, 0.05
@@ -72,6 +74,21 @@ def of(sae: "MLSAE", lm: "LanguageModel | None" = None) -> dict[str, Any]:
     if lm is not None:
         found["prompt"] = {"text": PROMPT, **quality(sae, _of_prompt(sae, lm, PROMPT))}
     return finite(found)
+
+
+def of_weights(sae: "MLSAE") -> str:
+    """One hash of an SAE's config and all its weights."""
+    sha256 = {name: _sha256(tensor) for name, tensor in sae.weights().tensors.items()}
+    return json_digest({"config": sae.config.to_dict(), "sha256": sha256})
+
+
+def of_lm(lm: "LanguageModel") -> str:
+    """One hash of evenly spaced numbers from every weight of a language model: training or another precision changes it."""
+    found = {}
+    for name, weight in lm.hf.named_parameters():
+        sampled = weight.detach().flatten()[:: max(1, weight.numel() // N_SAMPLED)]
+        found[name] = [str(weight.dtype), list(weight.shape), _sha256(sampled)]
+    return json_digest(found)
 
 
 @torch.no_grad()

@@ -74,6 +74,7 @@ def page(browser: Browser, site: Running) -> Iterator[Page]:
 def settled(page: Page, path: str) -> None:
     """Go there, and wait until it has drawn."""
     page.goto(path)
+    expect(page.locator("html[data-ready]")).to_be_visible()
     page.wait_for_load_state("networkidle")
     expect(page.locator("main > *").first).to_be_visible()
 
@@ -123,13 +124,13 @@ def test_a_prompt_is_typed_a_latent_chosen_opened_and_come_back_to(page: Page):
     expect(page).to_have_url(re.compile(r"latent=\d+"))
     there = page.url
     latent = int(re.findall(r"latent=(\d+)", there)[0])
+    expect(page.get_by_text(f"shaded by latent {latent} ")).to_be_visible()
     shown = page.locator("main").inner_text()
     page.get_by_role("link", name=f"page of latent {latent}").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text(f"Latent {latent}")
     page.go_back()
     expect(page).to_have_url(there)
-    page.wait_for_load_state("networkidle")
-    expect(page.get_by_role("heading", name="Tokens")).to_be_visible()
+    expect(page.get_by_text(f"shaded by latent {latent} ")).to_be_visible()
     assert page.locator("main").inner_text() == shown
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from mlsae.errors import ModelError
 from mlsae.intervals import Estimate, check_shards, estimate
 
+SAME_MEANS = 1e-4
+"""How far two means of the same vectors may lie apart, in mean norms of them: machines round differently."""
+
 
 class RunningMoments:
     """Mean, sample standard deviation and standard error of each row of a stream.
@@ -147,8 +150,9 @@ class AdjacentSimilarity:
         self._n += shard.bincount(minlength=len(self._n))
 
     def merge(self, other: "AdjacentSimilarity") -> "AdjacentSimilarity":
-        """The similarity over both sets of tokens, which must have been centred by the same means."""
-        if not torch.equal(self.means.mean, other.means.mean):
+        """The similarity over both sets of tokens, which must have been centred by the same means, but for rounding."""
+        apart = (self.means.mean - other.means.mean).norm(dim=1)
+        if not (apart <= SAME_MEANS * self.means.norm.mean).all():
             raise ModelError("other", "was centred by other means; merge the ResidMeans of all parts before pass 2")
         if len(self._n) != len(other._n):
             raise ModelError(

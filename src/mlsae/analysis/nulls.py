@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
@@ -37,16 +38,25 @@ NULLS: dict[str, Callable[[SparseCode, torch.Generator], PlainCode]] = {
 
 
 class NullStatistics:
-    """The depth statistics of every null, beside those of the codes themselves; the same seed gives the same bits."""
+    """The depth statistics of every null, beside those of the codes themselves.
+
+    Chance starts anew at every batch, so the same batches give the same sums whichever processes read them.
+    """
 
     def __init__(self, n_layers: int, n_latents: int, seed: int = 0):
         self.statistics = {name: LayerStatistics(n_layers, n_latents) for name in NULLS}
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
-    def update(self, code: SparseCode) -> None:
-        """Add the code of some tokens at all layers, redrawn."""
+    def update(self, code: SparseCode, position: int) -> None:
+        """Add the code of some tokens at all layers, redrawn; `position` is a number of this batch's own."""
+        start = int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(start)
         for name, statistics in self.statistics.items():
-            statistics.update(NULLS[name](code, self._generator))
+            statistics.update(NULLS[name](code, generator))
+
+    def merge(self, other: "NullStatistics") -> None:
+        """Add the tokens of another pass."""
+        self.statistics = {name: mine.merge(other.statistics[name]) for name, mine in self.statistics.items()}
 
 
 def _taken(
