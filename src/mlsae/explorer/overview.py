@@ -25,7 +25,7 @@ def overview_view(library: "Library") -> dict[str, Any]:
         "evaluation": library.evaluation,
         "statistics": _statistics(library),
         "similarity": library.similarity,
-        "missing": library.missing(),
+        "missing": library.missing("sae", "evaluation", "analysis", "similarity", "table"),
     }
 
 
