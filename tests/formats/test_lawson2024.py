@@ -310,8 +310,8 @@ ODD_ALONE = [
 
 @pytest.mark.parametrize(("config", "tensors", "reason"), ODD_ALONE)
 def test_a_damaged_autoencoder_is_refused(tmp_path: Path, config: dict, tensors: dict, reason: str):
-    change(alone(tmp_path), config, **tensors)
-    assert re.search(reason, proof.refuse("lawson2024", what(config, tensors), tmp_path))
+    change(alone(tmp_path / "a"), config, **tensors)
+    assert re.search(reason, proof.refuse("lawson2024", what(config, tensors), tmp_path / "a"))
 
 
 ODD_WITH_LM = [
@@ -334,8 +334,8 @@ ODD_WITH_LM = [
 
 @pytest.mark.parametrize(("config", "tensors", "reason"), ODD_WITH_LM)
 def test_a_damaged_one_with_a_language_model_is_refused(tmp_path: Path, config: dict, tensors: dict, reason: str):
-    change(with_lm(tmp_path), config, **tensors)
-    assert re.search(reason, proof.refuse("lawson2024", f"-tfm: {what(config, tensors)}", tmp_path))
+    change(with_lm(tmp_path / "a"), config, **tensors)
+    assert re.search(reason, proof.refuse("lawson2024", f"-tfm: {what(config, tensors)}", tmp_path / "a"))
 
 
 def test_a_lens_that_is_not_there_is_missed(tmp_path: Path):
