@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, sync_playwright
 from mlsae.explorer import open_explorer
 
 OUT = Path(__file__).parent / "explorer"
-TEXT = "When Mary and John went to the store, John gave a drink to"
+TEXT = "I will send to the Congress a bill that would reform the laws of this country. We will ask the Senate to"
 SIZES = {"wide": (1280, 1000), "narrow": (390, 844)}
 
 
@@ -23,7 +23,7 @@ def pages(latent: int) -> dict[str, str]:
         "prompt": f"/prompt?{urlencode({'text': TEXT, 'latent': latent})}",
         "latent": f"/latents/{latent}",
         "search": "/search?sort=n_events&descending=true",
-        "steer": f"/steer?{urlencode({'text': TEXT, 'edit': f'{latent}:all:add:4', 'n_new': 10})}",
+        "steer": f"/steer?{urlencode({'text': TEXT, 'edit': f'{latent}:all:add:2', 'n_new': 10})}",
         "logits": f"/logits?{urlencode({'text': TEXT})}",
     }
 

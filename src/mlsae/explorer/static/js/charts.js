@@ -42,7 +42,7 @@ const across = (label, domain, extra = {}) => ({ label, labelArrow: "none", labe
 /** Bars by layer with their intervals. `rows` are {layer, value, lo, hi}. */
 export const layerBars = (layers, rows, name, domain) => (Plot, width) =>
   Plot.plot({
-    ...depth(layers), width, marginLeft: 34, marginBottom: 34, marginTop: 6, x: across(name, domain),
+    ...depth(layers), width, marginLeft: 44, marginBottom: 34, marginTop: 6, x: across(name, domain),
     marks: [
       Plot.barX(rows, { x: "value", y: "layer", fill: BAR }),
       Plot.ruleY(rows.filter((r) => r.lo !== undefined), { x1: "lo", x2: "hi", y: "layer", stroke: INK, strokeWidth: 1.5 }),
@@ -56,7 +56,7 @@ export const layerLine = (layers, rows, name, { zero = true } = {}) => (Plot, wi
   const known = rows.filter((r) => r.value !== null && r.value !== undefined);
   const colour = (r) => (r.other ? OTHER : BAR);
   return Plot.plot({
-    ...depth(layers, "point"), width, marginLeft: 34, marginBottom: 34, marginTop: 6, marginRight: 14, x: across(name, null, { zero }),
+    ...depth(layers, "point"), width, marginLeft: 44, marginBottom: 34, marginTop: 6, marginRight: 14, x: across(name, null, { zero }),
     marks: [
       Plot.ruleY(known.filter((r) => r.lo !== undefined), { x1: "lo", x2: "hi", y: "layer", stroke: colour }),
       Plot.line(known, { x: "value", y: "layer", z: (r) => String(r.other), stroke: colour, strokeWidth: 1.5 }),
