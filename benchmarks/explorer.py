@@ -10,6 +10,7 @@ Each server is a `mlsae explore` of its own; pages are timed in a real Chromium 
 
 import argparse
 import asyncio
+import bisect
 import contextlib
 import json
 import multiprocessing
@@ -292,8 +293,7 @@ def prompts(site: Site, rounds: int) -> Iterator[Row]:
     """One who asks alone; every text is a new one."""
     first = site.timed("POST", "/prompt.json", {"text": STORY})
     yield Row("first prompt, the language model loaded for it", [first], "s")
-    texts = [f"{STORY * 3}{i}" for i in range(rounds)]
-    texts = [_cut(site, text, 64) for text in texts]
+    texts = _texts(site, 64, rounds)
     yield Row("prompt of 64 tokens", [site.timed("POST", "/prompt.json", {"text": text}) for text in texts], "s", 1)
     edits = [{"latent": 7, "op": "add", "dose": 2.0}]
     for name, more in (
@@ -308,16 +308,16 @@ def prompts(site: Site, rounds: int) -> Iterator[Row]:
     yield Row("logits of 64 positions", [site.timed("POST", "/logits.json", each) for each in asked], "s")
 
 
-def _cut(site: Site, text: str, n_tokens: int) -> str:
-    """The beginning of a text that is so many tokens, as read off the explorer, its last words another for each text."""
-    words = text.split(" ")
-    words = [words[-1], *words[:-1]]
-    low, high = 1, len(words)
-    while low < high:
-        half = (low + high + 1) // 2
-        n = len(json.loads(site.ask("POST", "/prompt.json", {"text": " ".join(words[:half]) + " "})[1])["tokens"])
-        low, high = (half, high) if n <= n_tokens else (low, half - 1)
-    return " ".join(words[:low])
+def _texts(site: Site, n_tokens: int, n: int) -> list[str]:
+    """Different texts of so many tokens, or one or two fewer, of which none was asked for before."""
+    words = (STORY * (1 + n_tokens // 16)).split()
+
+    def length(n_words: int) -> int:
+        text = " ".join([str(n), *words[:n_words]])
+        return len(json.loads(site.ask("POST", "/prompt.json", {"text": text})[1])["tokens"])
+
+    n_words = bisect.bisect_right(range(len(words)), n_tokens, key=length) - 1
+    return [" ".join([str(i), *words[:n_words]]) for i in range(n)]
 
 
 # ---- crowds ----------------------------------------------------------------------------------------------------------
@@ -371,8 +371,11 @@ def probe(site: Site, until: Future[Any], pause: float, *, fresh: bool = False) 
             connection.close()
             connection = site.connect()
         connection.sendall(request)
-        if not connection.recv(1 << 16).startswith(b"HTTP/1.1 200"):
-            raise RuntimeError("/health was refused")
+        said = b""
+        while not said.endswith(b'{"ok":true}'):
+            said += (part := connection.recv(1 << 16))
+            if not part or not said.startswith(b"HTTP/1.1 200"[: len(said)]):
+                raise RuntimeError(f"/health was refused: {said[:300]!r}")
         seconds.append(time.perf_counter() - began)
         time.sleep(max(0.0, pause - seconds[-1]))
     connection.close()
@@ -421,8 +424,7 @@ def _broken(statuses: Counter[int]) -> int:
 
 def long_jobs(site: Site, disconnects: int) -> Iterator[Row]:
     """The pulse while the language model works, and what is left of jobs that nobody waits for any more."""
-    limit = 128
-    job = {"text": _cut(site, f"{STORY * 9}x", limit), "n_new": 64, "reconstruct": True}
+    job = {"text": _texts(site, 128, 1)[0], "n_new": 64, "reconstruct": True}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(os.getpid).result()
         body = json.dumps(job).encode()
@@ -584,18 +586,19 @@ def _any_request(site: Site, rng: random.Random) -> bytes:
     fields = rng.sample(FIELDS, rng.randrange(4))
     if heavy:
         fields = ["text", *fields]
-    if rng.random() < 0.4:
+    changes = place.endswith("note")
+    if rng.random() < (0.5 if heavy or changes else 0.05):
         body: Any = {name: rng.choice(VALUES) for name in fields}
         if heavy and rng.random() < 0.7:
             body["text"] = rng.choice(TEXTS)
             body |= {"other": TEXTS[1]} if "compare" in place else {}
             body |= {"n_new": 1} if "steer" in place else {}
-        if "note" in place and rng.random() < 0.5:
+        if changes and rng.random() < 0.5:
             body = {"note": rng.choice(VALUES)}
         data = json.dumps(rng.choice([body, body, body, [body], rng.choice(VALUES)])).encode()
         if rng.random() < 0.1:
             data = bytes(rng.randrange(256) for _ in range(rng.randrange(200)))
-        return site.request("PUT" if place.endswith("note") else "POST", place, data, keep=False)
+        return site.request("PUT" if changes else "POST", place, data, keep=False)
     values = {name: hostile() for name in fields}
     if heavy and rng.random() < 0.7:
         values = {name: value for name, value in values.items() if name in ("latent", "edit", "pos", "top")}
@@ -662,7 +665,18 @@ def parts(options: argparse.Namespace, run: Path | None) -> Iterator[tuple[str, 
     yield from of("prompts", lm_run, lambda site: prompts(site, options.rounds))
     yield from of("crowds", lm_run, lambda site: crowds(site, min(3, options.rounds), options.crowd))
     yield from of("jobs", lm_run, lambda site: long_jobs(site, options.disconnects))
-    yield from of("fuzz", lm_run or run, lambda site: fuzz(site, options.fuzz))
+    with tempfile.TemporaryDirectory(prefix="mlsae-fuzz-") as folder:
+        fuzzed = None if (at := lm_run or run) is None else _twin(at, Path(folder) / at.name)
+        yield from of("fuzz", fuzzed, lambda site: fuzz(site, options.fuzz))
+
+
+def _twin(run: Path, twin: Path) -> Path:
+    """The same run, but for the notes that are made on it."""
+    twin.mkdir()
+    for path in run.resolve().iterdir():
+        if path.name != "notes.json":
+            (twin / path.name).symlink_to(path)
+    return twin
 
 
 if __name__ == "__main__":

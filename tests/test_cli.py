@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import train_command, tree
-from mlsae import cli, commands
+from mlsae import cli, commands, naming
 from mlsae.cli import COMMANDS, main
 from mlsae.sae import MLSAE
 from mlsae.text import TextSource
@@ -248,7 +248,7 @@ def test_what_a_run_read_goes_for_its_own_text_and_flags_go_before_it(tmp_path: 
     sae, own = MLSAE.from_pretrained(run), str(corpus)
 
     def text(data: str, **flags: Any) -> TextSource:
-        return commands._text(commands.Evaluate(sae=str(run), **flags), sae, data)
+        return naming.text(commands.Evaluate(sae=str(run), **flags), sae, data)
 
     assert text(own) == TextSource(own, "test", "story", streaming=True)
     assert text(f"{corpus}/../{corpus.name}") == TextSource(

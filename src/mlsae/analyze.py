@@ -18,6 +18,7 @@ from mlsae.analysis.geometry import AdjacentSimilarity, ResidMeans
 from mlsae.analysis.latents import save_latents
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.analysis.summary import headlines, nested, summarise
+from mlsae.analysis.sums import AnalysisSums, analysis_sums
 from mlsae.analysis.vocabulary import Words, words_of
 from mlsae.data import TextSource, TokenBlocks
 from mlsae.evaluate import open_blocks, open_pair

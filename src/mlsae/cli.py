@@ -181,6 +181,7 @@ def _usage_error(shown: str, model: type[Config], arguments: list[str]) -> Confi
 
 MISSING = {
     "comparison": "its YAML file",
+    "directory": "the run directory, or the folder that the shards were told to write to",
     "out": "a new folder to write",
     "repo": "a repository of yours on the Hub, user/name",
     "sae": "a run directory, an SAE folder or a Hub id",

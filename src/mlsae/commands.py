@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlsae import naming
 from mlsae.config import Config, TrainConfig
 from mlsae.errors import ConfigError
 from mlsae.flags import (
@@ -17,6 +18,7 @@ from mlsae.flags import (
     Export,
     FitLens,
     Info,
+    Merge,
     Output,
     Push,
     Reproduce,
@@ -63,51 +65,71 @@ def run_train(command: Train) -> tuple[Any, str]:
 def run_evaluate(command: Evaluate) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae import files
-    from mlsae.analysis.report import plain_table
-    from mlsae.evaluate import evaluate
+    from mlsae.evaluate import evaluate, evaluate_shard
+    from mlsae.shards import TextShard
 
-    sae, lm, data = _named(command)
-    evaluation = evaluate(
-        sae,
-        lm,
-        data,
-        tokens=command.tokens,
-        splice_tokens=command.splice_tokens,
-        context_length=command.context_length,
-        progress=not command.quiet,
-    )
+    shard = None if command.shard is None else TextShard.parse(command.shard)
+    out = naming.run_directory(command.sae) if command.out is None else Path(command.out)
+    if out is not None:
+        files.probe_writable(out)
+    given: dict[str, Any] = {name: getattr(command, name) for name in ("tokens", "splice_tokens", "context_length")}
+    given["progress"] = not command.quiet
+    if shard is None:
+        return _written_evaluation(command, evaluate(*naming.named(command), **given), out)
+    if out is None:
+        raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
+    sae, lm, data = naming.named(command)
+    asked = naming.asked(command, lm, data)
+    return _shard_written(evaluate_shard(sae, lm, data, out, shard, **given, asked=asked), out)
+
+
+def _written_evaluation(command: Evaluate, evaluation: Any, out: Path | None) -> tuple[Any, str]:
+    """Write evaluation.json, if there is where to."""
+    from mlsae import files
+    from mlsae.analysis.report import plain_table
+
     lines = [plain_table(evaluation), f"{evaluation.n_tokens:,} tokens, {evaluation.dead_fraction:.1%} dead latents"]
-    if (run := _run_directory(command.sae)) is not None:
-        files.write_json(run / "evaluation.json", evaluation.to_dict())
-        lines += [str(run / "evaluation.json"), f"Next: mlsae analyze {shlex.quote(command.sae)}"]
+    if out is not None:
+        files.write_json(out / "evaluation.json", evaluation.to_dict())
+        lines.append(str(out / "evaluation.json"))
+    if naming.run_directory(command.sae) is not None:
+        lines.append(f"Next: mlsae analyze {shlex.quote(command.sae)}")
     return evaluation, "\n".join(lines)
 
 
 def run_analyze(command: Analyze) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae import files
-    from mlsae.analysis.report import write_report
-    from mlsae.analyze import PROMPT, analyze
+    from mlsae.analyze import PROMPT, analyze, analyze_shard
+    from mlsae.shards import TextShard
 
-    run = _run_directory(command.sae)
+    shard = None if command.shard is None else TextShard.parse(command.shard)
+    run = naming.run_directory(command.sae)
     if command.out is None and run is None:
         raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
     out = Path(command.out) if command.out is not None else Path(command.sae) / "analysis"
     files.probe_writable(out)
-    known = {} if run is None else _known(run)  # before the work: what cannot be read must not cost it
-    sae, lm, data = _named(command)
-    analysis = analyze(
-        sae,
-        lm,
-        data,
-        tokens=command.tokens,
-        context_length=command.context_length,
-        prompt=PROMPT if command.prompt is None else command.prompt,
-        nulls=command.nulls,
-        directions=command.directions,
-        examples=command.examples,
-        progress=not command.quiet,
-    )
+    known = {} if run is None else naming.known_of(run)  # before the work: what cannot be read must not cost it
+    given: dict[str, Any] = {
+        "tokens": command.tokens,
+        "context_length": command.context_length,
+        "prompt": PROMPT if command.prompt is None else command.prompt,
+        "nulls": command.nulls,
+        "directions": command.directions,
+        "examples": command.examples,
+        "progress": not command.quiet,
+    }
+    if shard is None:
+        return _written_analysis(command, analyze(*naming.named(command), **given), out, known)
+    sae, lm, data = naming.named(command)
+    asked = naming.asked(command, lm, data)
+    return _shard_written(analyze_shard(sae, lm, data, out, shard, **given, asked=asked), out)
+
+
+def _written_analysis(command: Analyze, analysis: Any, out: Path, known: dict[str, Any]) -> tuple[Any, str]:
+    """Write the files of an analysis, and its report."""
+    from mlsae.analysis.report import write_report
+
     analysis.save(out, progress=not command.quiet)
     report, *_ = write_report(
         out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known
@@ -118,6 +140,51 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
         f"{analysis.statistics.n_tokens:,} tokens. Of the variance of depth {shares['within']} is within one latent on one "
         f"token, {shares['token']} between tokens, {shares['latent']} between latents.\n{report}"
     )
+
+
+def run_merge(command: Merge) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae import shards
+    from mlsae.errors import ResourceError
+
+    places = [Path(command.directory), Path(command.directory) / "analysis"]
+    found = [(kind, place) for place in places for kind in shards.kinds_in(place)]
+    if not found:
+        raise ResourceError(command.directory, "holds no shards; evaluate --shard and analyze --shard write them")
+    done: dict[str, Any] = {}
+    shown = []
+    for kind, place in found:
+        done[kind], text = {"evaluate": _merge_evaluation, "analyze": _merge_analysis}[kind](command, place)
+        shown.append(text)
+    return shards.Merged(done), "\n\n".join(shown)
+
+
+def _merge_evaluation(command: Merge, place: Path) -> tuple[Any, str]:
+    from mlsae import shards
+    from mlsae.evaluate import merge_evaluation
+    from mlsae.sae import MLSAE
+
+    whole = shards.gather(place, "evaluate")
+    asked = Evaluate(**naming.asked_anew(command, whole.asked))
+    return _written_evaluation(asked, merge_evaluation(whole, MLSAE.from_pretrained(asked.sae)), place)
+
+
+def _merge_analysis(command: Merge, place: Path) -> tuple[Any, str]:
+    from mlsae import shards
+    from mlsae.analyze import merge_analysis
+
+    whole = shards.gather(place, "analyze")
+    asked = Analyze(**naming.asked_anew(command, whole.asked))
+    run = naming.run_directory(asked.sae)
+    known = {} if run is None else naming.known_of(run)
+    analysis = merge_analysis(whole, *naming.named(asked), progress=not command.quiet)
+    return _written_analysis(asked, analysis, place, known)
+
+
+def _shard_written(done: Any, out: Path) -> tuple[Any, str]:
+    """What one shard says when it is done."""
+    missing = f"still missing: {', '.join(done.missing)}" if len(done.missing) < 9 else f"{len(done.missing)} missing"
+    return done, f"{done.folder}\n{missing if done.missing else f'Next: mlsae merge {shlex.quote(str(out))}'}"
 
 
 def run_lens(command: FitLens) -> tuple[Any, str]:
@@ -241,7 +308,7 @@ def run_export(command: Export) -> tuple[Any, str]:
         return _export_neuronpedia(command)
     from mlsae.downstream.delphi import write_cache
 
-    sae, lm, data = _named(command)
+    sae, lm, data = naming.named(command)
     cache = write_cache(
         sae,
         lm,
@@ -262,10 +329,10 @@ def _export_neuronpedia(command: Export) -> tuple[Any, str]:
 
     if command.creator_id is None:
         raise ConfigError("creator_id", "missing; give --creator-id, your id on Neuronpedia")
-    if command.analysis is None and _run_directory(command.sae) is None:
+    if command.analysis is None and naming.run_directory(command.sae) is None:
         raise ConfigError("analysis", f"'{command.sae}' is not a run directory; give --analysis")
     analysis = Path(command.sae) / "analysis" if command.analysis is None else command.analysis
-    sae, lm, data = _names(command)
+    sae, lm, data = naming.names(command)
     names = Names(
         creator_id=command.creator_id,
         creator=command.creator_id if command.creator is None else command.creator,
@@ -290,7 +357,7 @@ def run_push(command: Push) -> tuple[Any, str]:
             print(planned.table(), file=sys.stderr)
 
     options = command.model_dump(exclude={"sae", "repo", *Output.model_fields})
-    run = _run_directory(command.sae)
+    run = naming.run_directory(command.sae)
     done = MLSAE.from_pretrained(command.sae).push_to_hub(command.repo, run=run, tell=tell, **options)
     if command.dry_run:
         return done, f"Nothing is uploaded. It would be:\n{done.table()}\n\n{done.card}"
@@ -315,63 +382,12 @@ def _again(command: Config, *names: str) -> str:
     return said
 
 
-def _named(command: Evaluate | Analyze | Export) -> tuple[Any, str, Any]:
-    """The SAE, and the language model and text that were named, or else those it was trained with."""
-    sae, lm, data = _names(command)
-    return sae, lm, _text(command, sae, data)
-
-
-def _names(command: Evaluate | Analyze | Export) -> tuple[Any, str, str]:
-    """The same, but only the name of the text."""
-    from mlsae.sae import MLSAE
-
-    sae = MLSAE.from_pretrained(command.sae)
-    lm = sae.config.lm if command.lm is None else command.lm
-    data = sae.config.data if command.data is None else command.data
-    if lm is None:
-        raise ConfigError("lm", "the SAE does not say what it was trained on; give --lm")
-    if data is None:
-        raise ConfigError("data", "the SAE does not say what it was trained on; give --data")
-    return sae, lm, data
-
-
-def _text(command: Evaluate | Analyze | Export, sae: Any, data: str) -> Any:
-    """The part of the text to judge by; the text that a run was trained on is read as the run read it."""
-    from mlsae import untrusted
-    from mlsae.evaluate import held_out_split, trained_on
-    from mlsae.text import TextSource
-
-    run, rows = _run_directory(command.sae), Rows()
-    if run is not None and (run / "config.json").is_file() and trained_on(sae, data):
-        known = untrusted.read_json(run / "config.json")
-        rows = Rows(**{name: known[name] for name in Rows.model_fields if name in known})
-    column = rows.text_column if command.text_column is None else command.text_column
-    skip_bad_rows, streaming = command.skip_bad_rows | rows.skip_bad_rows, command.streaming | rows.streaming
-    split = held_out_split(sae, data, streaming=streaming) if command.split is None else command.split
-    return TextSource(data, split, column, skip_bad_rows, streaming)
-
-
-def _run_directory(sae: str) -> Path | None:
-    return Path(sae) if (Path(sae) / "sae" / "config.json").is_file() else None
-
-
-def _known(run: Path) -> dict[str, Any]:
-    """What a run directory can add to a report."""
-    from mlsae import untrusted
-
-    metrics, evaluation = run / "metrics.jsonl", run / "evaluation.json"
-    return {
-        "run": untrusted.read_json(run / "config.json"),
-        "evaluation": untrusted.read_json(evaluation) if evaluation.is_file() else None,
-        "metrics": untrusted.read_jsonl(metrics) if metrics.is_file() else [],
-    }
-
-
 COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
     "demo": (Demo, run_demo),
     "train": (Train, run_train),
     "evaluate": (Evaluate, run_evaluate),
     "analyze": (Analyze, run_analyze),
+    "merge": (Merge, run_merge),
     "lens": (FitLens, run_lens),
     "sweep": (SweepGrid, run_sweep),
     "compare": (Compare, run_compare),
@@ -390,6 +406,7 @@ Train one sparse autoencoder on every layer of a language model, and see where i
   train      train an SAE on every layer of a language model
   evaluate   how good it is on held-out text, layer by layer
   analyze    where in depth its latents live: numbers, figures, a report
+  merge      parts of either, done by several processes, put together
   lens       train a tuned lens, to put before an SAE
   sweep      several k, sizes and seeds off one reading of the text
   compare    kinds of SAE at equal budget, set beside each other

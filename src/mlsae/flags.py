@@ -75,16 +75,25 @@ class Reader(Config):
     """Tokens in a sequence; None: 2048 or the language model's limit."""
 
 
-class Evaluate(Output, Reader):
+class Part(Config):
+    """What evaluate and analyze can be told about doing a part of the work."""
+
+    shard: str | None = None
+    """Do one of n parts, such as 2/4, in whatever process or machine; once all are done, `mlsae merge` puts them together."""
+
+
+class Evaluate(Output, Reader, Part):
     """Measure how good an SAE is on held-out text, layer by layer."""
 
+    out: str | None = None
+    """Folder to write; None: the run directory."""
     tokens: Positive = 1_000_000
     """Tokens to read."""
     splice_tokens: Positive | None = None
     """Of these, how many also measure cross-entropy and KL, the costly part; None: all."""
 
 
-class Analyze(Output, Reader):
+class Analyze(Output, Reader, Part):
     """Read the layers of an SAE: where its latents live, as numbers, figures and a report."""
 
     out: str | None = None
@@ -99,6 +108,19 @@ class Analyze(Output, Reader):
     """Also compare decoder rows with each other and with embeddings; the time grows with the square of the latents."""
     examples: Annotated[int, Field(ge=0)] = 32
     """Strongest contexts to keep for every latent and layer, and half as many at random; 0: none."""
+
+
+class Merge(Output):
+    """Put together what `evaluate --shard i/n` or `analyze --shard i/n` left in a folder, as if one process had done it."""
+
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run directory, or the folder named with --out."""
+    sae: str | None = None
+    """Run directory, SAE folder or Hub id; None: where the shards found it."""
+    lm: str | None = None
+    """Language model; None: where the shards found it."""
+    data: str | None = None
+    """Text file, folder or Hub dataset; None: where the shards found it."""
 
 
 class FitLens(Output, Rows, Materials):

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextShard:
-    """One of `of` even parts of the batches that one process would read, counted from 1."""
+    """One of `of` parts of the batches that one process would read, counted from 1."""
 
     number: int
     of: int
@@ -60,9 +60,11 @@ class TextShard:
         return f"{self.number:04}-of-{self.of:04}"
 
     def part(self, positions: range) -> range:
-        """Its own of the positions where batches begin. Batches stay whole, so every one is computed as one process would."""
-        start, stop = (len(positions) * number // self.of for number in (self.number - 1, self.number))
-        return positions[start:stop]
+        """Every `of`-th of the positions where batches begin, so that shards cost alike whatever the first tokens cost.
+
+        Batches stay whole: each is computed as one process would.
+        """
+        return positions[self.number - 1 :: self.of]
 
 
 class Work(Config):
@@ -150,6 +152,18 @@ class Whole:
     """In the order of the text, so that sums are added in one order, whatever was done first."""
     seconds: float
     """Wall time of all parts together."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was put together, by command."""
+
+    results: Mapping[str, Any]
+    """An Evaluation, an Analysis, or both."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results as plain values, by command."""
+        return {kind: result.to_dict() for kind, result in self.results.items()}
 
 
 def write(

@@ -43,7 +43,7 @@ def statistics_of(n_layers: int, n_latents: int, n_shards: int = 6) -> LayerStat
 
 def nulls_of(n_layers: int, n_latents: int) -> dict[str, LayerStatistics]:
     result = NullStatistics(n_layers, n_latents)
-    result.update(code_of(n_layers, n_latents))
+    result.update(code_of(n_layers, n_latents), 0)
     return result.statistics
 
 
@@ -409,7 +409,7 @@ def test_a_latent_of_the_last_layer_alone_never_goes_on():
     statistics, nulls = LayerStatistics(5, 40), NullStatistics(5, 40)
     code = PlainCode(values, torch.arange(4).expand(5, 60, 4))
     statistics.update(code)
-    nulls.update(code)
+    nulls.update(code, 0)
     found = figures.lives(replace(make_analysis(), statistics=statistics, nulls=nulls.statistics))
     assert "with probability –; were layers independent, –." in found.here
     found.figure.draw_without_rendering()

@@ -121,6 +121,20 @@ def test_sizes_and_means_must_agree():
         similarity.merge(two_passes([random_resid(6)])[1])
 
 
+@pytest.mark.parametrize(("apart", "merges"), [(1e-6, True), (1e-2, False)])
+def test_means_that_only_round_differently_are_the_same(apart: float, merges: bool):
+    """Another machine's matrix products differ in the last bits, and its sums are good all the same."""
+    _, similarity = two_passes([random_resid(5)])
+    _, other = two_passes([random_resid(5) * (1 + apart)])
+    if not merges:
+        with pytest.raises(ModelError, match="other means"):
+            similarity.merge(other)
+        return
+    merged = similarity.merge(other)
+    assert merged.to_dict()["n_tokens"] == 2 * similarity.to_dict()["n_tokens"]
+    assert torch.equal(merged.means.mean, similarity.means.mean)
+
+
 # ---- gamma -----------------------------------------------------------------------------------------------------------
 
 

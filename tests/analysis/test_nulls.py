@@ -63,10 +63,35 @@ def test_values_stay_with_their_latents(name):
     assert pairs[0] == pairs[1]
 
 
+def test_a_batch_is_redrawn_alike_whatever_came_before_it_and_no_two_batches_are():
+    parts = {position: planted_run(60 + position) for position in (3, 4, 11)}
+    orders = []
+    for order in ((3, 4, 11), (11, 3, 4)):
+        nulls = NullStatistics(6, 2)
+        for position in order:
+            nulls.update(parts[position], position)
+        orders.append(nulls)
+    apart = [NullStatistics(6, 2) for _ in parts]
+    for nulls, position in zip(apart, parts, strict=True):
+        nulls.update(parts[position], position)
+    for nulls in apart[1:]:
+        apart[0].merge(nulls)
+    again = NullStatistics(6, 2)
+    again.update(parts[3], 4)
+    first = NullStatistics(6, 2)
+    first.update(parts[3], 3)
+    for name in NULLS:
+        for attribute in ("active_layers", "runs", "first_layer", "counts"):
+            found = [getattr(nulls.statistics[name], attribute) for nulls in (*orders, apart[0])]
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+        assert not torch.equal(first.statistics[name].first_layer, again.statistics[name].first_layer)
+
+
 def test_the_same_seed_draws_the_same_nulls():
     first, second, other = NullStatistics(6, 2), NullStatistics(6, 2), NullStatistics(6, 2, seed=1)
     for nulls in (first, second, other):
-        nulls.update(planted_run(100))
+        nulls.update(planted_run(100), 0)
     for name in NULLS:
         assert torch.equal(first.statistics[name].active_layers, second.statistics[name].active_layers)
     assert not torch.equal(first.statistics["independent"].runs, other.statistics["independent"].runs)

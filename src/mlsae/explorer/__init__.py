@@ -1,5 +1,6 @@
 """The explorer: every latent at every layer, in a browser. One process, one port, nothing fetched from elsewhere."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -59,7 +60,13 @@ def explore(
     """
     place = Place(host, port, allow_remote, tuple(allow_hosts))
     began = time.monotonic()
-    serve(_app_of(sae, analysis, lm), place, style_hash=_style_hash(), open_browser=open_browser, tell=tell)
+    serve(
+        _app_of(sae, analysis, lm, settle=gc.freeze),
+        place,
+        style_hash=_style_hash(),
+        open_browser=open_browser,
+        tell=tell,
+    )
     return Explored(str(sae), time.monotonic() - began)
 
 
@@ -70,14 +77,22 @@ def open_explorer(
     return start(_app_of(sae, analysis, lm), place, style_hash=_style_hash())
 
 
-def _app_of(sae: str | Path, analysis: str | Path | None, lm: str | None) -> Callable[[], ASGIApp]:
-    """What makes the app, once there is a port for it: torch is imported only then."""
+def _app_of(
+    sae: str | Path, analysis: str | Path | None, lm: str | None, settle: Callable[[], None] = lambda: None
+) -> Callable[[], ASGIApp]:
+    """What makes the app, once there is a port for it: torch is imported only then.
+
+    `settle` is called when all that is in memory is there to stay. A process of our own then looks for garbage among newer
+    objects only: to look through all of torch and transformers takes it a third of a second, in which it answers nobody.
+    """
 
     def make() -> ASGIApp:
         from mlsae.explorer.app import create_app
         from mlsae.explorer.library import Library
 
-        return create_app(Library.open(sae, analysis=None if analysis is None else Path(analysis), lm=lm))
+        library = Library.open(sae, analysis=None if analysis is None else Path(analysis), lm=lm)
+        settle()
+        return create_app(library, settle=settle)
 
     return make
 

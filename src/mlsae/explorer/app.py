@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import cache
 from importlib.resources import files as resources
 from pathlib import Path
@@ -118,15 +118,17 @@ class LogitsQuery(Edited):
     top: QueryIndex | None = None
 
 
-def create_app(library: Library) -> FastAPI:
+def create_app(library: Library, *, settle: Callable[[], None] = lambda: None) -> FastAPI:
     """The explorer of one library, without the guard that has to stand before it.
+
+    `settle` is called when the language model has been loaded.
 
     Raises ResourceError if the pages are not installed.
     """
     for name in NEEDED:
         if not (HERE / name).is_file():
             raise ResourceError("explorer", f"{name} is not installed; run 'pip install --force-reinstall mlsae'")
-    worker = Worker(library)
+    worker = Worker(library, settle=settle)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -99,8 +99,9 @@ def problem_of(text: str) -> str | None:
 class Shared:
     """The models and the cache, which live on the worker's thread."""
 
-    def __init__(self, library: Opened, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, library: Opened, cache_bytes: int = CACHE_BYTES, settle: Callable[[], None] = lambda: None):
         self.library = library
+        self._settle = settle
         self.lm_state = "absent"
         self._pair: tuple[MLSAE, MLSAE, LanguageModel] | None = None
         self._codes: OrderedDict[str, PromptCode] = OrderedDict()
@@ -128,6 +129,7 @@ class Shared:
             sae = source if source.W_enc.device == lm.device else copy.deepcopy(source)
             found = open_pair(sae, lm)
             state = "ready"
+            self._settle()
             return found
         finally:
             self.lm_state = state
@@ -247,10 +249,20 @@ def at_row(code: Code, row: int) -> Code:
 
 
 class Worker:
-    """Runs views one at a time, first come first served, off the event loop. Use it from one event loop."""
+    """Runs views one at a time, first come first served, off the event loop. Use it from one event loop.
 
-    def __init__(self, library: Opened, *, max_waiting: int = MAX_WAITING, cache_bytes: int = CACHE_BYTES):
-        self._shared = Shared(library, cache_bytes)
+    `settle` is called when the language model has been loaded.
+    """
+
+    def __init__(
+        self,
+        library: Opened,
+        *,
+        max_waiting: int = MAX_WAITING,
+        cache_bytes: int = CACHE_BYTES,
+        settle: Callable[[], None] = lambda: None,
+    ):
+        self._shared = Shared(library, cache_bytes, settle)
         threads = (max(1, torch.get_num_threads() - 1),)  # one core is left to the event loop
         self._pool = ThreadPoolExecutor(1, "mlsae-inference", torch.set_num_threads, threads)
         self._max_waiting = max_waiting

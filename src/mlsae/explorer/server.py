@@ -26,6 +26,8 @@ from mlsae.explorer.exchange import LIMITS, Limits, headers_of
 from mlsae.explorer.guard import Guard
 
 TOKEN_BYTES = 32
+QUEUED, ACCEPTED = 1024, 16
+"""Connections that wait for us, and of these how many are taken before those that are open are served again."""
 STOP_SECONDS = 2
 """For answers under way when a signal comes."""
 _NEAR = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -182,7 +184,7 @@ def _listen(place: Place) -> socket.socket:
     host = "127.0.0.1" if place.host == "localhost" else place.host  # and not ::1 on some machines
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, place.port), family=family, backlog=1024)
+        return socket.create_server((host, place.port), family=family, backlog=QUEUED)
     except socket.gaierror as error:
         raise ConfigError("host", f"'{place.host}' is no address of this machine ({error.strerror})") from error
     except PermissionError as error:
@@ -228,6 +230,7 @@ class _Server(uvicorn.Server):
                 http=protocol,
                 ws="none",
                 loop="asyncio",
+                backlog=ACCEPTED,
                 lifespan="on",
                 log_config=None,
                 log_level="error",
@@ -245,6 +248,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(QUEUED)  # asyncio takes as many at once as it has let wait
         if self.started:
             self.on_start()
 
