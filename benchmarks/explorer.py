@@ -209,6 +209,8 @@ def pages(site: Site, rounds: int) -> Iterator[Row]:
             page.wait_for_selector(selector)
             x, y = page.evaluate(CLICK, [selector, place])
             page.mouse.move(x, y)
+            if "canvas" in selector:  # which says what is under the mouse once it knows
+                page.wait_for_selector(".readout b")
             page.wait_for_timeout(50)
             with page.expect_navigation(url="**/latents/*", wait_until="commit"):
                 page.mouse.click(x, y)

@@ -594,8 +594,8 @@ FAULTS = [
     Fault(
         "an evaluation's interval forgets which document a token is of",
         "evaluate.py",
-        "reading, shard = read(lm, sae, batch.tokens), shard_of(batch.documents)",
-        "reading, shard = read(lm, sae, batch.tokens), shard_of(batch.tokens)",
+        "reading, documents = read(lm, sae, batch.tokens), shard_of(batch.documents)",
+        "reading, documents = read(lm, sae, batch.tokens), shard_of(batch.tokens)",
         "test_evaluate.py::test_intervals_are_of_documents_left_out",
     ),
     Fault(

@@ -168,7 +168,7 @@ def test_on_its_own_layers_a_dictionary_is_what_the_grouped_sae_is(make, lm, cor
     layers = evaluate(sae, lm, str(corpus), **own).layers
     assert matrix.fvu.shape == (groups, 3)
     for column, row in enumerate(layers):
-        group = sae.group_of(column)
+        group = sae.config.group_of(column)
         assert matrix.fvu[group, column].item() == pytest.approx(row["fvu"], rel=1e-6)
         assert matrix.mse[group, column].item() == pytest.approx(row["mse"], rel=1e-6)
         assert matrix.delta_ce is not None

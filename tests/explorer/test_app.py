@@ -204,7 +204,7 @@ def answered(answer: httpx.Response) -> None:
     assert "site-packages" not in answer.text
 
 
-ways = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ways = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @ways

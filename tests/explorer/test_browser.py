@@ -230,6 +230,6 @@ def test_no_text_of_any_answer_becomes_an_element(page: Page, path: str):
         return page.evaluate("[...document.querySelectorAll('*')].map((e) => e.tagName).sort()")
 
     benign = elements("benign")
-    for payload in PAYLOADS[:6]:
+    for payload in PAYLOADS[:3]:
         assert elements(payload) == benign, payload
     page.unroute_all()
