@@ -77,6 +77,9 @@ def settled(page: Page, path: str) -> None:
     expect(page.locator("html[data-ready]")).to_be_visible()
     page.wait_for_load_state("networkidle")
     expect(page.locator("main > *").first).to_be_visible()
+    for name, heading in ANSWERS.items():
+        if f"{name}?text=" in path:
+            expect(page.get_by_role("heading", name=heading).first).to_be_visible()
 
 
 # ---- signing in ------------------------------------------------------------------------------------------------------
