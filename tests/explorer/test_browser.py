@@ -20,6 +20,8 @@ from mlsae.explorer import Running, open_explorer
 
 CHROMIUM = os.environ.get("MLSAE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; install one or set MLSAE_CHROMIUM")
+ANSWERS = {"/prompt": "Tokens", "/logits": "By position", "/steer": "Continuation"}
+"""What is on a page once it has been answered."""
 TEXT = "the cat sat on a mat"
 PAGES = (
     "/overview",

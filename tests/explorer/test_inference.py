@@ -291,6 +291,21 @@ def test_the_language_model_is_loaded_once_and_only_when_it_is_needed(tiny_run: 
     driven(test, Shelf.of_run(tiny_run))
 
 
+def test_what_is_loaded_settles_once_when_the_language_model_is_there(tiny_run: Path):
+    settled: list[int] = []
+
+    async def test() -> None:
+        worker = Worker(Shelf.of_run(tiny_run), settle=lambda: settled.append(1))
+        await worker.run("nothing", echo, 1)
+        assert settled == []
+        for text in ("a", "b"):
+            await worker.run("prompt", lambda session, text=text: session.code_of(text).n_bytes)
+        worker.close()
+
+    asyncio.run(test())
+    assert settled == [1]
+
+
 def test_a_language_model_that_cannot_be_had_is_asked_for_again(tiny_run: Path, tmp_path: Path):
     shelf = Shelf.of_run(tiny_run)
     there, shelf.lm_name = shelf.lm_name, str(tmp_path / "nowhere")

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
+import pyarrow as pa
 from fastapi import FastAPI, Query, Request
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
+from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -181,7 +183,7 @@ def _add_pages(app: FastAPI, library: Library) -> None:
     def latent(latent: QueryIndex, request: Request) -> Response:
         layer = request.query_params.get("layer", "")
         wanted = int(layer) if layer.isascii() and layer.isdigit() and int(layer) in library.layers else None
-        return _page(library, "latent", latent_view(library, latent, wanted))
+        return _released(_page(library, "latent", latent_view(library, latent, wanted)))
 
     @app.get("/search")
     def search() -> Response:
@@ -220,6 +222,12 @@ def rendered(page: str, site: dict[str, Any], data: dict[str, Any]) -> str:
     )
 
 
+def _released(response: Response) -> Response:
+    """A response after which pyarrow gives memory back: it would keep the largest groups of rows that it ever held."""
+    response.background = BackgroundTask(pa.default_memory_pool().release_unused)
+    return response
+
+
 # ---- numbers that are there ------------------------------------------------------------------------------------------
 
 
@@ -249,7 +257,7 @@ def _add_numbers(app: FastAPI, library: Library) -> None:
 
     @app.get("/latents/{latent}.json")
     def latent_json(latent: QueryIndex, at: Annotated[AtLayer, Query()]) -> Response:
-        return json_response(latent_view(library, latent, at.layer), less="one layer")
+        return _released(json_response(latent_view(library, latent, at.layer), less="one layer"))
 
     @app.get("/latents/{latent}/neighbours.json")
     def neighbours(latent: QueryIndex, nearest: Annotated[Nearest, Query()]) -> Response:

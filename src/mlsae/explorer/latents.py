@@ -6,7 +6,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,7 +57,6 @@ def latent_view(library: "Library", latent: int, layer: int | None = None) -> di
     }
     with _noted(missing, "examples"):
         page["examples"] = _examples(library, latent, layer)
-    pa.default_memory_pool().release_unused()  # it would keep the largest groups of rows that it ever held
     notes = library.missing("sae", "analysis", "table", "words", "intervals", "examples", "tokenizer", "notes")
     return {"examples": [], **page, "note": library.notes.of(latent), "missing": [*notes, *missing]}
 
