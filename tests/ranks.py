@@ -3,21 +3,21 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mlsae.train", "ranks"])  # torch is imported once, and threads are not started before a fork
+CONTEXT.set_forkserver_preload(["pytest", "mlsae.train", "torch._dynamo", "torch._refs", "torch._meta_registrations"])  # once; no thread is started before a fork
 
 
-def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
     """What `work(*args)` returns on each of n ranks; a rank's error is raised here."""
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(n)]
     ranks = [CONTEXT.Process(target=_rank, args=(i, n, port, pipes[i][1], work, args), daemon=True) for i in range(n)]
     for rank in ranks:
@@ -25,7 +25,8 @@ def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 120
     for _, end in pipes:
         end.close()
     try:
-        answers = [_answer(pipe, seconds) for pipe, _ in pipes]
+        until = time.monotonic() + seconds
+        answers = [_answer(pipe, max(0.1, until - time.monotonic())) for pipe, _ in pipes]
     finally:
         for rank in ranks:
             rank.join(1)
@@ -36,9 +37,16 @@ def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 120
     return [answer[0] for answer in answers]
 
 
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _answer(pipe: Connection, seconds: float) -> Any:
     try:
-        return pipe.recv() if pipe.poll(seconds) else "a rank did not answer in time"
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll(seconds) else "a rank did not answer in time"
     except EOFError:
         return "a rank died"
 
@@ -50,6 +58,6 @@ def _rank(rank: int, n: int, port: int, pipe: Connection, work: Callable[..., An
 
     torch.set_num_threads(1)
     try:
-        pipe.send((work(*args),))
+        pipe.send_bytes(pickle.dumps((work(*args),)))  # by value: a tensor sent as itself dies with its process
     except BaseException:
-        pipe.send(f"rank {rank} of {n}: {traceback.format_exc()}")
+        pipe.send_bytes(pickle.dumps(f"rank {rank} of {n}: {traceback.format_exc()}"))

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -133,14 +133,6 @@ class Mesh:
             return flag
         return bool(self._reduced(torch.tensor(int(flag), device=self.device), "all", dist.ReduceOp.MAX))
 
-    def named(self, name: str | None) -> str | None:
-        """The name that a rank gives, if any does: the lowest rank's."""
-        if self.alone or not self.any(name is not None):
-            return name
-        found: list[Any] = [None] * (self.dp * self.tp)
-        self._call("all", lambda: dist.all_gather_object(found, name))
-        return next(each for each in found if each is not None)
-
     def by_leader(self, work: Callable[[], T]) -> T:
         """What the leader's work gives, on every rank; its error, too."""
         if self.alone:
@@ -160,14 +152,13 @@ class Mesh:
         if self.alone:
             return work()
         value, error = _outcome(work)
+        if not self.any(error is not None):
+            return value
         told: list[Any] = [None] * (self.dp * self.tp)
         self._call("all", lambda: dist.all_gather_object(told, _told(error)))
         if error is not None:
             raise error
-        for each in told:
-            if each is not None:
-                _raise_elsewhere(each)
-        return value
+        _raise_elsewhere(next(each for each in told if each is not None))
 
     def leaders_first(self, work: Callable[[], T]) -> T:
         """Done by one process of every machine, and then, when a cache holds what it made, by the others."""
@@ -296,7 +287,7 @@ def _told(error: MlsaeError | None) -> tuple[str, str, str] | None:
     return None if error is None else (type(error).__name__, error.field, error.problem)
 
 
-def _raise_elsewhere(told: tuple[str, str, str]) -> None:
+def _raise_elsewhere(told: tuple[str, str, str]) -> NoReturn:
     """Raise what another process raised; that one says it."""
     error = getattr(errors, told[0])(*told[1:])
     error.elsewhere = True

@@ -121,7 +121,7 @@ class ShardedSAE(MLSAE):
 
     def decode_lensed(self, code: Code, *, impl: Impl = "auto") -> Float[Tensor, "layer *batch d_model"]:
         """`lensed(decode(code))`, without the way there and back."""
-        framed = self._framed(code, impl).view(*code.values.shape[:-1], -1)
+        framed = self._framed(code, impl).view(*code.values.shape[:-1], self.config.d_model)
         bias = self.layer_biases(code).view(len(code.rows), *[1] * (framed.ndim - 2), -1)
         return (framed + bias) * code.scale + code.shift
 
@@ -256,4 +256,4 @@ def _decoded(
     order = mine.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
     values = values.where(mine, 0.0).gather(-1, order)
     indices = indices.where(mine, 0).gather(-1, order)
-    return ops.decode(values.flatten(0, 1), indices.flatten(0, 1), W_dec, impl).view(*values.shape[:2], -1)
+    return ops.decode(values.flatten(0, 1), indices.flatten(0, 1), W_dec, impl).view(*values.shape[:2], W_dec.shape[1])

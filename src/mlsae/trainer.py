@@ -161,11 +161,11 @@ class Trainer:
             raise ConfigError("resid", "no unmasked token in this step; raise batch_size or check the mask")
         n_tokens = sum(n for n, *_ in self._parts)
         try:
-            self._check_state()
+            self.mesh.everywhere(self._check_state)
             *sharded, whole = self.optimizer.gradients()
             self.mesh.sum_gradients(sharded, whole)
             norms = self.mesh.norms(self.optimizer.mean_gradients(n_tokens), SHARDED)
-            grad_norm = self._finite(norms)
+            grad_norm = self.mesh.everywhere(lambda: self._finite(norms))
         except NumericsError:
             self.abandon()
             raise
@@ -190,7 +190,7 @@ class Trainer:
 
     def _check_state(self) -> None:
         """Stop the run at a weight, moment or statistic that is not finite, seen by this step's vectors or not."""
-        if (name := self.mesh.named(nonfinite({**self.sae.state_dict(), **self.state()}))) is not None:
+        if (name := nonfinite({**self.sae.state_dict(), **self.state()})) is not None:
             raise NumericsError(name, f"not finite before step {self.steps + 1}; go back to a checkpoint before it")
 
     def _finite(self, norms: dict[str, float]) -> float:
