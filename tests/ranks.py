@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "mlsae.train", "torch._dynamo", "torch._refs", "torch._meta_registrations"])  # once; no thread is started before a fork
+CONTEXT.set_forkserver_preload(
+    ["pytest", "mlsae.train", "torch._dynamo", "torch._refs", "torch._meta_registrations"]
+)  # once; no thread is started before a fork
 
 
 def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:

@@ -235,8 +235,8 @@ def test_what_is_not_finite_on_one_rank_stops_all_of_them():
 
 def test_alone_nothing_is_exchanged_or_copied():
     x = torch.ones(2, 3, 4)
-    assert ALONE.total(x) is x and ALONE.largest(x) is x and ALONE.count(3) == 3
-    assert ALONE.share(7) == slice(0, 7) and ALONE.gathered(x)[0] is x
+    assert all(each is x for each in (ALONE.total(x), ALONE.largest(x), ALONE.gathered(x)[0]))
+    assert (ALONE.count(3), ALONE.share(7)) == (3, slice(0, 7))
     assert type(make_sae(MLSAEConfig(d_model=4, n_latents=8, k=2), ALONE)) is MLSAE
     assert not ALONE.calls
 
@@ -288,7 +288,8 @@ def test_an_error_of_one_rank_is_raised_on_all_and_said_by_one():
     first, second = on_layouts(2, errors_of, layouts=[(2, 1)])[2, 1]
     assert first[0] == [("DataError", "of rank 0", False), ("DataError", "of rank 1", True)]
     assert second[0] == [("DataError", "of rank 0", True), ("DataError", "of rank 1", False)]
-    assert (first[1], second[1]) == ({"rank": 0}, {"rank": 0}) and (first[2], second[2]) == (0, 1)
+    assert (first[1], second[1]) == ({"rank": 0}, {"rank": 0})
+    assert (first[2], second[2]) == (0, 1)
 
 
 def test_more_tp_than_latents_is_refused():

@@ -266,14 +266,15 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
+def share_of_latents(mesh: Mesh) -> float:
+    """Of all latents, those on this process's device: on a CPU, those of all processes of the machine."""
+    together = 1 if mesh.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1.0 if mesh.alone else together / mesh.tp
+
+
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def ranks_here() -> int:
-    """Processes of this job on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, MlsaeError | None]:

@@ -167,9 +167,7 @@ class ShardedSAE(MLSAE):
             indices = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
             if n:
                 W_enc = self.W_enc[ids]
-                values, indices = _in_order(
-                    *self.encode_part(resid, code.shift, code.scale, part, W_enc, n, impl)
-                )
+                values, indices = _in_order(*self.encode_part(resid, code.shift, code.scale, part, W_enc, n, impl))
             found.append(nn.functional.pad(values, (0, width - n)))
             places.append(nn.functional.pad(indices, (0, width - n)))
         values = joined(found)
@@ -200,7 +198,9 @@ class ShardedSAE(MLSAE):
     # ---- the whole of it -----------------------------------------------------------------------------------------------
 
     def whole(self) -> MLSAE | None:
-        """The SAE in one piece, in the leader's memory; None elsewhere. All ranks of the first dp row take part."""
+        """The SAE in one piece, in the leader's memory; None elsewhere. The ranks that hold its latents with the leader take part."""
+        if self.mesh.dp_rank:
+            return None
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         for name in SHARDED:
             tensors[name] = gathered_rows(tensors[name], self.config.groups, self.size, self.mesh)
@@ -212,7 +212,9 @@ class ShardedSAE(MLSAE):
         return sae.requires_grad_(False)
 
 
-def gathered_rows(own: Float[Tensor, "own d_model"], groups: int, size: int, mesh: Mesh) -> Float[Tensor, "all d_model"]:
+def gathered_rows(
+    own: Float[Tensor, "own d_model"], groups: int, size: int, mesh: Mesh
+) -> Float[Tensor, "all d_model"]:
     """A sharded weight in one piece."""
     n_own, widest = len(own) // groups, -(-size // mesh.tp)
     padded = nn.functional.pad(own.view(groups, n_own, -1), (0, 0, 0, widest - n_own))

@@ -87,7 +87,9 @@ class Trainer:
         self.rules = self.config.rules
         self.n_steps = n_steps
         if mesh.tp > 1 and self.config.precision == "float16":
-            raise ConfigError("precision", f"float16 is not trained with tp {mesh.tp}; use bfloat16 or float32, or tp 1")
+            raise ConfigError(
+                "precision", f"float16 is not trained with tp {mesh.tp}; use bfloat16 or float32, or tp 1"
+            )
         n_latents = sae.config.n_latents
         self.peak_lr = _given(self.config.lr, self.rules.lr, default_lr(n_latents // sae.config.groups))
         self.k_aux = _given(self.config.k_aux, min(256, n_latents))

@@ -56,7 +56,9 @@ def _lowest_of_ties(
     least = values.amin(1, keepdim=True)
     tied = ((pre_acts >= least).sum(1) > values.shape[1]) & (least[:, 0] > 0)
     if tied.any():
-        order = values[tied].sort(dim=-1, descending=True, stable=True).indices  # where in the row each rank's value goes
+        order = (
+            values[tied].sort(dim=-1, descending=True, stable=True).indices
+        )  # where in the row each rank's value goes
         best = pre_acts[tied].sort(dim=-1, descending=True, stable=True).indices[:, : values.shape[1]]
         indices[tied] = torch.empty_like(best).scatter_(1, order, best)
     return indices
