@@ -71,7 +71,7 @@ def lm_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def check_fits(config: TrainConfig, d_model: int, device: torch.device, shared: float = 1.0) -> None:
-    """Refuse an SAE that memory or the output's disk cannot hold, of whose latents the device has this share. `config` is resolved."""
+    """Refuse an SAE that memory or the output's disk cannot hold; `shared` is the device's part of the latents."""
     needed, free = _training_bytes(config, d_model, shared), free_memory(device)
     if needed > free:
         left = max(0, free - _lens_bytes(config, d_model)) / shared

@@ -1,7 +1,9 @@
 """What training minimises: reconstruction and AuxK, each in the standard form and in the published code's (`lawson2024`).
 
 Both take one micro-batch `[layer, token, d_model]` and are means over layers. Where several processes each have a part of it, a
-mesh is what adds them up: every process gets the loss of the whole, and the derivatives of its own part. Sources: Gao et al. 2024 (normalised error, AuxK);
+mesh adds them up: every process gets the loss of the whole, and the derivatives of its own part.
+
+Sources: Gao et al. 2024 (normalised error, AuxK);
 Lawson et al. 2024 and its code for the second forms.
 """
 

@@ -40,7 +40,7 @@ class Mesh:
         self.alone = dp * tp == 1
         self.rank = 0 if self.alone else dist.get_rank()
         self.dp_rank, self.tp_rank = divmod(self.rank, tp)
-        self.device = device or torch.device("cpu")
+        self.device = torch.device("cpu") if device is None else device
         self.calls: Counter[str] = Counter()
         """Collectives so far, by the group they went through."""
         self._groups: dict[str, Any] = {}
@@ -57,6 +57,10 @@ class Mesh:
         """This rank's part of n things in a row; parts differ by one at most."""
         rank, size = (self.dp_rank, self.dp) if axis == "dp" else (self.tp_rank, self.tp)
         return slice(n * rank // size, n * (rank + 1) // size)
+
+    def shares(self, n: int) -> list[slice]:
+        """Every tp rank's part of n things in a row."""
+        return [slice(n * rank // self.tp, n * (rank + 1) // self.tp) for rank in range(self.tp)]
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class Mesh:
         self._call("all", lambda: dist.all_gather_object(told, _told(error)))
         if error is not None:
             raise error
-        _raise_elsewhere(next(each for each in told if each is not None))
+        return _raise_elsewhere(next(each for each in told if each is not None))
 
     def leaders_first(self, work: Callable[[], T]) -> T:
         """Done by one process of every machine, and then, when a cache holds what it made, by the others."""
@@ -245,7 +249,7 @@ def check_layout(dp: int | None, tp: int | None) -> tuple[int, int]:
     wanted = (1 if dp is None else dp) * (1 if tp is None else tp)
     if world == 1 and wanted > 1:
         raise ConfigError(
-            "dp" if (dp or 1) > 1 else "tp",
+            "tp" if dp is None or dp == 1 else "dp",
             f"{wanted} processes are needed; start it with torchrun --nproc-per-node {wanted} -m mlsae train",
         )
     if tp is None:

@@ -1,9 +1,9 @@
 """One SAE over several processes: each of the mesh's tp ranks holds some latents of every group, and all of them make one code.
 
-Encoding is the exact top k: every rank takes the k largest of its own latents, one all-gather carries these (value, latent) pairs
-of all layers, and all ranks choose the same k of them, the lower latent where values tie, as one process does. Decoding is sparse:
-every rank adds up its own latents' rows, and one all-reduce adds up these sums of d_model entries. So a forward pass of all layers
-takes two collectives, and another two for AuxK while a latent is dead; derivatives need none (mesh.py).
+Encoding is the exact top k: every rank takes the k largest of its own latents, one all-gather carries these (value, latent)
+pairs of all layers, and all ranks choose the same k of them, the lower latent where values tie, as one process does. Decoding is
+sparse: every rank adds up its own latents' rows, and one all-reduce adds up these sums of d_model entries. So a forward pass of
+all layers takes two collectives, and another two for AuxK while a latent is dead; derivatives need none (mesh.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ def make_sae(config: MLSAEConfig, mesh: Mesh) -> MLSAE:
 
 
 class ShardedSAE(MLSAE):
-    """This rank's latents of an SAE. Codes name the latents of the whole; `encode`, `decode`, `error` are exchanges of the tp ranks.
+    """This rank's latents of an SAE. Codes name those of the whole, and all tp ranks must encode and decode together.
 
     Of every group's latents a rank has a run, and runs differ in length by one at most; `W_enc` and `W_dec` hold them, group
     after group. All else is the same on every rank.
@@ -156,7 +156,7 @@ class ShardedSAE(MLSAE):
         k_aux: int,
         impl: Impl,
     ) -> Float[Tensor, "layer token d_model"]:
-        """The scaled sum of the `k_aux` most active dead latents of each layer's group, in its frame; 0 where none is dead."""
+        """The sum of the `k_aux` most active dead latents of each layer's group, in the frame; 0 where none is dead."""
         counts = self._dead_counts(dead)
         width = min(k_aux, int(counts.max()))
         parts = self.parts(code.rows)
@@ -186,8 +186,7 @@ class ShardedSAE(MLSAE):
     def _dead_counts(self, dead: Bool[Tensor, " n_latents"]) -> Int[Tensor, "tp group"]:
         """How many dead latents every rank holds of each group."""
         by_group = dead.view(self.config.groups, self.size).cpu()
-        ends = [self.size * rank // self.mesh.tp for rank in range(self.mesh.tp + 1)]
-        return torch.stack([by_group[:, a:b].sum(1) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+        return torch.stack([by_group[:, share].sum(1) for share in self.mesh.shares(self.size)])
 
     def _dead_rows(self, parts: list[Part], dead: Bool[Tensor, " n_latents"]) -> Iterator[Int[Tensor, " dead"]]:
         """The rows of this rank's weights that hold each part's dead latents."""
@@ -218,9 +217,8 @@ def gathered_rows(
     """A sharded weight in one piece."""
     n_own, widest = len(own) // groups, -(-size // mesh.tp)
     padded = nn.functional.pad(own.view(groups, n_own, -1), (0, 0, 0, widest - n_own))
-    ends = [size * rank // mesh.tp for rank in range(mesh.tp + 1)]
-    parts = [part[:, : b - a] for part, a, b in zip(mesh.gathered(padded), ends[:-1], ends[1:], strict=True)]
-    return torch.cat(parts, 1).flatten(0, 1)
+    parts = zip(mesh.gathered(padded), mesh.shares(size), strict=True)
+    return torch.cat([part[:, : share.stop - share.start] for part, share in parts], 1).flatten(0, 1)
 
 
 def _in_order(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

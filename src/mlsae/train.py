@@ -86,7 +86,8 @@ def train(
     """
     device = local_device(devices.choose_device(config.device))
     with open_mesh(dp, tp, device) as mesh:
-        resume = resume or (restarted() and any(Path(config.out).glob("step-*")))
+        if restarted() and not resume:
+            resume = mesh.by_leader(lambda: any(Path(config.out).glob("step-*")))
         return _train(config, device, mesh, lm, resume=resume, progress=progress and mesh.leads)
 
 
@@ -351,9 +352,12 @@ class Loop:
     def _save_sae(self) -> None:
         """The SAE as one file, whoever has its latents."""
         sae = self.trainer.sae
-        whole = self.mesh.everywhere(sae.whole) if isinstance(sae, ShardedSAE) else sae
-        folder = self.run_directory.path / "sae"
-        self.mesh.by_leader(lambda: whole.save_pretrained(folder, lm=self.lm))
+        whole = sae.whole() if isinstance(sae, ShardedSAE) else sae
+        self.mesh.by_leader(lambda: self._write_sae(whole))
+
+    def _write_sae(self, sae: MLSAE | None) -> None:
+        if sae is not None:
+            sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
 
     def _checkpoint(self, *, metrics_bytes: int) -> Checkpoint:
         """Everything that a run is, between two steps. Live tensors: they are to be saved at once."""
