@@ -7,6 +7,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from mlsae.mesh import open_mesh
 from mlsae.sae import MLSAE
 from mlsae.train import Loop, load_lm, train
 from mlsae.untrusted import read_json, read_jsonl
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from tiny import save_tiny_lm
 
 module = importlib.import_module("mlsae.train")  # the package's own `train` is the function
@@ -225,3 +227,60 @@ def test_when_a_rank_dies_the_others_say_so_and_the_run_resumes(places, tmp_path
 def dying_and_noting(config, note):
     (kind, said, _), seconds = dying(config, "killed")
     note.write_text(json.dumps([kind, said, seconds]))
+
+
+# ---- as users start it -----------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys
+import mlsae.trainer
+from mlsae.cli import main
+
+update, steps = mlsae.trainer.Trainer.update, iter(range(10**6))
+def counted(self):
+    if next(steps) == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self)
+mlsae.trainer.Trainer.update = counted
+sys.exit(main())
+"""
+
+
+def torchrun(*arguments):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    return done.returncode, done.stderr, time.monotonic() - started
+
+
+def flags(config):
+    given = {**TINY, "lm": config.lm, "data": config.data, "tokens": config.tokens, "out": config.out}
+    return [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_killed_rank_ends_the_job_and_a_restart_resumes_by_itself(places, tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    train(config_of(places, tmp_path / "alone", 20), progress=False)
+    config = config_of(places, tmp_path / "run", 20)
+    code, said, seconds = torchrun(str(script), "train", *flags(config), "--tp", "2", "--quiet")
+    assert code != 0
+    assert "another process of this job is gone" in said
+    assert seconds < 60  # starting included
+    config = config_of(places, tmp_path / "again", 20)
+    restarts = ("--max-restarts", "1")
+    code, said, _ = torchrun(*restarts, str(script), "train", *flags(config), "--tp", "2", "--quiet")
+    assert code == 0, said
+    assert_same_run(tmp_path / "again", tmp_path / "alone")

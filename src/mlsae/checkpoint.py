@@ -187,7 +187,7 @@ class RunDirectory:
     def _finish(self, target: Path, keep: int) -> None:
         """Look at what was written, and drop the oldest."""
         self._check(target, sizes_only=True)
-        log.info("checkpoint %s verified", target.name)
+        log.info("checkpoint step %d verified", int(target.name.removeprefix("step-")))
         for old in self.steps()[:-keep]:
             files.remove(old)
 

@@ -233,7 +233,9 @@ def open_mesh(dp: int | None, tp: int | None, device: torch.device) -> Generator
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"start-{_restarts()}", store)  # where torchrun keeps the addresses of those that failed
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ResourceError("torchrun", f"the processes do not find each other ({error})") from error
     mesh = Mesh(dp, tp, device)
@@ -278,7 +280,11 @@ def share_of_latents(mesh: Mesh) -> float:
 
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, MlsaeError | None]:

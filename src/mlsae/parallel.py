@@ -197,7 +197,7 @@ class ShardedSAE(MLSAE):
     # ---- the whole of it -----------------------------------------------------------------------------------------------
 
     def whole(self) -> MLSAE | None:
-        """The SAE in one piece, in the leader's memory; None elsewhere. The ranks that hold its latents with the leader take part."""
+        """The SAE in one piece, in the leader's memory; None elsewhere."""
         if self.mesh.dp_rank:
             return None
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
