@@ -234,7 +234,9 @@ def open_mesh(dp: int | None, tp: int | None, device: torch.device) -> Generator
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store = dist.PrefixStore(f"start-{_restarts()}", store)  # where torchrun keeps the addresses of those that failed
+        store = dist.PrefixStore(
+            f"start-{_restarts()}", store
+        )  # where torchrun keeps the addresses of those that failed
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ResourceError("torchrun", f"the processes do not find each other ({error})") from error
