@@ -248,7 +248,7 @@ def test_a_newer_format_is_refused(start):
     run = start()
     run.save(make(1), keep=2)
     rewrite_manifest(run.steps()[0], format_version=3)
-    with pytest.raises(ResourceError, match="format 3; this version reads up to 1"):
+    with pytest.raises(ResourceError, match="format 3; this version reads up to 2"):
         run.load()
 
 

@@ -15,7 +15,7 @@ MODULES = sorted(str(path.relative_to(SRC)) for path in SRC.rglob("*.py"))
 
 ROOMS = [
     {"errors", "recipes"},
-    {"files", "config", "stopping", "intervals"},
+    {"files", "config", "stopping", "intervals", "mesh"},
     {"unpickler"},
     {"untrusted", "resolving", "flags"},
     {
@@ -48,7 +48,7 @@ ROOMS = [
     {"publish"},
     {"fingerprint"},
     {"text", "devices", "sae"},
-    {"data", "hub", "losses", "initial", "optimizer", "checkpoint", "shards"},
+    {"data", "hub", "losses", "parallel", "initial", "optimizer", "checkpoint", "shards"},
     {"lm", "trainer"},
     {"reading", "reporting"},
     {"stream", "lens"},

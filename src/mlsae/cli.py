@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlsaeError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        if not error.elsewhere:
+            print(f"error: {_speaker()}{printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -67,6 +68,8 @@ def _run(arguments: list[str]) -> int:
     with interruptible(arguments[0]):
         _set_up_libraries(command)
         result, text = run(command)
+    if _rank():
+        return 0
     if command.json_ == "-":
         from mlsae.files import finite
 
@@ -77,6 +80,15 @@ def _run(arguments: list[str]) -> int:
         write_json(Path(command.json_), result.to_dict())
     print(text)
     return 0
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started; the first one speaks for all."""
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
+def _speaker() -> str:
+    return f"rank {_rank()}: " if _rank() else ""
 
 
 def _probe(path: Path) -> None:

@@ -53,8 +53,9 @@ def run_train(command: Train) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae.train import train
 
-    values = command.model_dump(exclude={"config", "resume", *Output.model_fields})
-    run = train(TrainConfig(**values), resume=command.resume, progress=not command.quiet)
+    values = command.model_dump(exclude={"config", "resume", "dp", "tp", *Output.model_fields})
+    config, progress = TrainConfig(**values), not command.quiet
+    run = train(config, resume=command.resume, progress=progress, dp=command.dp, tp=command.tp)
     return run, (
         f"{run.steps:,} steps, {run.tokens:,} tokens ({run.passes:.2f} passes) in {run.seconds / 60:.1f} minutes: "
         f"FVU {run.fvu:.3f}, {run.dead_fraction:.1%} dead\n"

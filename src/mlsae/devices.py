@@ -70,11 +70,11 @@ def lm_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def check_fits(config: TrainConfig, d_model: int, device: torch.device) -> None:
-    """Refuse an SAE that memory or the output's disk cannot hold. `config` is resolved."""
-    needed, free = _training_bytes(config, d_model), free_memory(device)
+def check_fits(config: TrainConfig, d_model: int, device: torch.device, shared: float = 1.0) -> None:
+    """Refuse an SAE that memory or the output's disk cannot hold; `shared` is the device's part of the latents."""
+    needed, free = _training_bytes(config, d_model, shared), free_memory(device)
     if needed > free:
-        left = max(0, free - _lens_bytes(config, d_model))
+        left = max(0, free - _lens_bytes(config, d_model)) / shared
         largest = int(left / TRAINING_BYTES / d_model**2 / config.groups)
         raise ConfigError(
             "expansion_factor",
@@ -112,8 +112,8 @@ def check_fit_together(configs: Sequence[TrainConfig], d_model: int, device: tor
         )
 
 
-def _training_bytes(config: TrainConfig, d_model: int) -> int:
-    return TRAINING_BYTES * (config.n_latents or 0) * d_model + _lens_bytes(config, d_model)
+def _training_bytes(config: TrainConfig, d_model: int, shared: float = 1.0) -> int:
+    return int(TRAINING_BYTES * (config.n_latents or 0) * d_model * shared) + _lens_bytes(config, d_model)
 
 
 def _checkpoints_bytes(config: TrainConfig, d_model: int) -> int:

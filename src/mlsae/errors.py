@@ -25,6 +25,8 @@ class MlsaeError(Exception):
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+        self.elsewhere = False
+        """Raised first by another process of the job, which says it."""
 
 
 class ConfigError(MlsaeError):

@@ -41,6 +41,10 @@ class Train(Output, TrainConfig):
     """YAML or JSON file of these same keys; flags win over it."""
     resume: bool = False
     """Go on from the newest checkpoint in the run directory."""
+    dp: Positive | None = None
+    """Under torchrun: processes that share out the tokens; None: as many as tp leaves."""
+    tp: Positive | None = None
+    """Under torchrun: processes that share out the latents; None: 1, or as many as dp leaves."""
 
 
 class Rows(Config):

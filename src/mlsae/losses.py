@@ -1,6 +1,9 @@
 """What training minimises: reconstruction and AuxK, each in the standard form and in the published code's (`lawson2024`).
 
-Both take one micro-batch `[layer, token, d_model]` and are means over layers. Sources: Gao et al. 2024 (normalised error, AuxK);
+Both take one micro-batch `[layer, token, d_model]` and are means over layers. Where several processes each have a part of it, a
+mesh adds them up: every process gets the loss of the whole, and the derivatives of its own part.
+
+Sources: Gao et al. 2024 (normalised error, AuxK);
 Lawson et al. 2024 and its code for the second forms.
 """
 
@@ -12,27 +15,38 @@ from torch import Tensor
 
 from mlsae import ops
 from mlsae.config import Impl
+from mlsae.mesh import ALONE, Mesh
+from mlsae.parallel import ShardedSAE
 from mlsae.sae import MLSAE, Code, Part, joined
 
 Resid = Float[Tensor, "layer token d_model"]
 PerLayer = Float[Tensor, " layer"]
 
 
-def per_dimension(resid: Resid, squared_error: PerLayer, variance: PerLayer) -> PerLayer:
+def per_dimension(
+    resid: Resid, squared_error: PerLayer, variance: PerLayer, n_tokens: int | None = None, mesh: Mesh = ALONE
+) -> PerLayer:
     """`SSE_l / (N d v_l)`: error as a fraction of the layer's variance about its per-feature mean, fixed before training.
 
     0 is perfect, 1 is predicting the mean of the initial sample. The denominator does not depend on the batch, so gradients do
-    not depend on how a step is split. (Gao et al. 2024.)
+    not depend on how a step is split. (Gao et al. 2024.) `squared_error` is that of all `n_tokens` (None: those of resid).
     """
-    return squared_error / (resid.shape[1] * resid.shape[2] * variance)
+    return squared_error / (_tokens(resid, n_tokens) * resid.shape[2] * variance)
 
 
-def all_scalars(resid: Resid, squared_error: PerLayer, variance: PerLayer) -> PerLayer:
+def all_scalars(
+    resid: Resid, squared_error: PerLayer, variance: PerLayer, n_tokens: int | None = None, mesh: Mesh = ALONE
+) -> PerLayer:
     """`MSE_l / var(all scalars of layer l in this micro-batch)`, the published code's; ignores `variance`."""
-    return squared_error / (resid.shape[1] * resid.shape[2]) / resid.flatten(1).var(1)
+    n_tokens = _tokens(resid, n_tokens)
+    return squared_error / (n_tokens * resid.shape[2]) / mesh.scalar_variance(resid, n_tokens)
 
 
-RECONSTRUCTION: dict[str, Callable[[Resid, PerLayer, PerLayer], PerLayer]] = {
+def _tokens(resid: Resid, n_tokens: int | None) -> int:
+    return resid.shape[1] if n_tokens is None else n_tokens
+
+
+RECONSTRUCTION: dict[str, Callable[[Resid, PerLayer, PerLayer, int | None, Mesh], PerLayer]] = {
     "per_dimension": per_dimension,
     "all_scalars": all_scalars,
 }
@@ -46,6 +60,8 @@ def aux_residual(
     dead: Bool[Tensor, " n_latents"],
     k_aux: int,
     impl: Impl = "auto",
+    n_tokens: int | None = None,
+    mesh: Mesh = ALONE,
 ) -> Float[Tensor, ""]:
     """Mean over layers of `sum |e - e_hat|^2 / sum |e - mean_token(e)|^2`: how well dead latents predict the error.
 
@@ -55,32 +71,36 @@ def aux_residual(
     if k_aux == 0 or not dead.any():
         return resid.new_zeros(())
     error = error.detach()
-    spread = (error - error.mean(1, keepdim=True)).square().sum((1, 2))
-    return joined(
-        [_unexplained(sae, resid, code, error, spread, dead, k_aux, part, impl) for part in sae.parts(code.rows)]
-    ).mean()
+    mean = mesh.token_mean(error, _tokens(resid, n_tokens))
+    spread = mesh.total((error - mean).square().sum((1, 2)))
+    if isinstance(sae, ShardedSAE):
+        left = _left_sharded(sae, resid, code, error, dead, k_aux, impl)
+    else:
+        left = joined([_left(sae, resid, code, error, dead, k_aux, part, impl) for part in sae.parts(code.rows)])
+    return (mesh.total(left) / spread.where(spread > 0, torch.inf)).mean()  # a single token has no spread
 
 
-def _unexplained(
-    sae: MLSAE,
-    resid: Resid,
-    code: Code,
-    error: Resid,
-    spread: PerLayer,
-    dead: Tensor,
-    k_aux: int,
-    part: Part,
-    impl: Impl,
+def _left_sharded(
+    sae: ShardedSAE, resid: Resid, code: Code, error: Resid, dead: Tensor, k_aux: int, impl: Impl
+) -> PerLayer:
+    """`_left` of every part, where the dead latents are shared out among processes."""
+    guess = sae.decode_dead(resid, code, dead, k_aux, impl) * code.scale
+    left = (error - guess).square().sum((1, 2))
+    some = [dead[part.latents].any().expand(part.n_layers) for part in sae.parts(code.rows)]
+    return left.where(torch.cat(some), 0.0)
+
+
+def _left(
+    sae: MLSAE, resid: Resid, code: Code, error: Resid, dead: Tensor, k_aux: int, part: Part, impl: Impl
 ) -> Float[Tensor, " part"]:
-    """The share of the error that one group's dead latents leave; 0 where there is nothing to explain, or none to do it."""
-    spread = spread[part.here]
+    """The squared error that one group's dead latents leave; 0 where there is none to explain any."""
     ids = dead[part.latents].nonzero().flatten() + part.latents.start
     if len(ids) == 0:
-        return torch.zeros_like(spread)
+        return error.new_zeros(part.n_layers)
     values, indices = _encode_dead(sae, resid, code, ids, k_aux, part, impl)
     W_dec, scale = sae.W_dec[ids], part.of(code.scale)
     _, left = ops.decode_error(values, indices, W_dec, None, error[part.here], None, scale, impl)
-    return left / spread.where(spread > 0, torch.inf)  # a single token has no spread
+    return left
 
 
 def _encode_dead(
@@ -98,6 +118,8 @@ def aux_framed(
     dead: Bool[Tensor, " n_latents"],
     k_aux: int,
     impl: Impl = "auto",
+    n_tokens: int | None = None,
+    mesh: Mesh = ALONE,
 ) -> Float[Tensor, ""]:
     """The published code's AuxK (defect D3): the target is raw and not detached, the reconstruction framed and with `b_pre`.
 
@@ -106,9 +128,13 @@ def aux_framed(
     """
     if k_aux == 0:
         return resid.new_zeros(())
-    guess = joined([_guess(sae, resid, code, dead, k_aux, part, impl) for part in sae.parts(code.rows)])
-    spread = (error - error.mean(2, keepdim=True)).square().mean()
-    return ((error - guess).square().mean() / spread).nan_to_num(0.0)
+    if isinstance(sae, ShardedSAE):
+        bias = sae.layer_biases(code).expand_as(resid)
+        guess = sae.decode_dead(resid, code, dead, k_aux, impl) + bias if dead.any() else bias
+    else:
+        guess = joined([_guess(sae, resid, code, dead, k_aux, part, impl) for part in sae.parts(code.rows)])
+    spread = error - error.mean(2, keepdim=True)
+    return (mesh.mean_square(error - guess) / mesh.mean_square(spread)).nan_to_num(0.0)
 
 
 def _guess(
@@ -124,7 +150,7 @@ def _guess(
     return decoded.view_as(resid[part.here]) + bias
 
 
-AUX: dict[str, Callable[[MLSAE, Resid, Code, Resid, Tensor, int, Impl], Float[Tensor, ""]]] = {
+AUX: dict[str, Callable[[MLSAE, Resid, Code, Resid, Tensor, int, Impl, int | None, Mesh], Float[Tensor, ""]]] = {
     "residual": aux_residual,
     "framed": aux_framed,
 }

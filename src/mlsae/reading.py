@@ -70,12 +70,12 @@ class Reading:
 
     def split(self, n: int) -> list["Reading"]:
         """The readings of each run of n sequences."""
-        parts = []
-        for at in (slice(start, start + n) for start in range(0, len(self.tokens), n)):
-            resid, visible = self.resid[:, at], self.visible[at]
-            vectors, beyond, norms = resid[:, visible], self.beyond[:, at], self.norms[:, at]
-            parts.append(Reading(self.tokens[at], resid, visible, vectors, beyond, norms))
-        return parts
+        return [self.of(slice(start, start + n)) for start in range(0, len(self.tokens), n)]
+
+    def of(self, at: slice) -> "Reading":
+        """The reading of some of the sequences, or of none."""
+        resid, visible = self.resid[:, at], self.visible[at]
+        return Reading(self.tokens[at], resid, visible, resid[:, visible], self.beyond[:, at], self.norms[:, at])
 
 
 @torch.no_grad()

@@ -113,11 +113,31 @@ class _TensorBoard:
         self._writer.close()
 
 
+class NoLines:
+    """Stands in for metrics.jsonl where another process writes it."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        """Its length."""
+        return 0
+
+    def truncate(self, length: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoLines":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing."""
+
+
 class Reporter:
     """The one place where training logs. The same run writes the same lines, but for the two wall-clock keys at the end."""
 
     def __init__(
-        self, metrics: JsonLines, logger: Logger | None, *, done: int, total: int, warmup: int, progress: bool
+        self, metrics: JsonLines | NoLines, logger: Logger | None, *, done: int, total: int, warmup: int, progress: bool
     ):
         self._metrics, self._logger, self._warmup, self._done = metrics, logger, warmup, done
         self._started = time.monotonic()

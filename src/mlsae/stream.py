@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from mlsae.data import TextSource, TokenBlocks, pack
 from mlsae.errors import DataError
 from mlsae.files import canonical_json
 from mlsae.lm import LanguageModel
+from mlsae.mesh import ALONE, Mesh
 from mlsae.reading import Reading, read, read_ahead
 from mlsae.reporting import bar
 from mlsae.sae import MLSAE
@@ -36,11 +38,15 @@ class Stream:
     SAEs that begin alike once. Its readings are the same, bit for bit, shared or not.
     """
 
-    def __init__(self, config: TrainConfig, lm: LanguageModel, *, progress: bool, shared: bool = False):
+    def __init__(
+        self, config: TrainConfig, lm: LanguageModel, *, progress: bool, shared: bool = False, mesh: Mesh = ALONE
+    ):
         self.lm, self.shared, self.progress = lm, shared, progress
         self.init_tokens = config.init_tokens
         self.batch = config.batch_size or 1
-        self.blocks = pack_split(config, lm, config.split, progress=progress)
+        self.own = mesh.share(self.batch)
+        """Which sequences of a micro-batch are this process's."""
+        self.blocks = mesh.leaders_first(lambda: pack_split(config, lm, config.split, progress=progress))
         if (largest := self.blocks.info.max_token_id) >= lm.d_vocab:
             raise DataError("data", f"holds token {largest}; {lm.name} has {lm.d_vocab} tokens; use its own tokenizer")
         self.seed = config.seed if config.data_seed is None else config.data_seed
@@ -55,15 +61,19 @@ class Stream:
     def readings(self, sae: MLSAE, positions: Iterable[int]) -> Iterator[Reading]:
         """The micro-batches at these positions. Short ones are read several at a time, in groups that do not depend on where a
         run began."""
+        n = self.own.stop - self.own.start
+        if n == 0:
+            yield from (read(self.lm, sae, self._tokens(position, 1)).of(slice(0)) for position in positions)
+            return
         if self.together == 1 and not self.shared:
-            yield from read_ahead(self.lm, sae, (self._tokens(position, self.batch) for position in positions))
+            yield from read_ahead(self.lm, sae, (self._own_tokens(position, 1) for position in positions))
             return
         size = self.batch * self.together
         for position in positions:
             if position not in self._ready:
                 first = position - position % size
-                group = read(self.lm, sae, self._tokens(first, size))
-                parts = [group] if self.together == 1 else group.split(self.batch)
+                group = read(self.lm, sae, self._own_tokens(first, self.together))
+                parts = [group] if self.together == 1 else group.split(n)
                 self._ready = {first + i * self.batch: part for i, part in enumerate(parts)}
             yield self._ready[position]
 
@@ -100,6 +110,14 @@ class Stream:
         if not (self.shared and words in self._said):
             self._said.add(words)
             log.warning("%s", words)
+
+    def _own_tokens(self, position: int, n_batches: int) -> Int[Tensor, "batch pos"]:
+        """This process's sequences of the micro-batches from a position on."""
+        n = self.own.stop - self.own.start
+        if n == self.batch:
+            return self._tokens(position, n * n_batches)
+        starts = [position + i * self.batch + self.own.start for i in range(n_batches)]
+        return torch.cat([self._tokens(start, n) for start in starts])
 
     def _tokens(self, position: int, n: int) -> Int[Tensor, "batch pos"]:
         return self.blocks.read(position, n, seed=self.seed, order=self.order)

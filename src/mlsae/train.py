@@ -19,9 +19,11 @@ from mlsae.data import TokenBlocks
 from mlsae.errors import DataError, Interrupted, ModelError, NumericsError, ResourceError, out_of_memory
 from mlsae.lens import TunedLens
 from mlsae.lm import LanguageModel, read_shape
+from mlsae.mesh import ALONE, Mesh, local_device, open_mesh, restarted, share_of_latents
 from mlsae.metrics import ReconstructionSums
+from mlsae.parallel import ShardedSAE, make_sae
 from mlsae.reading import Reading, check_pair, read
-from mlsae.reporting import Reporter, open_logger
+from mlsae.reporting import NoLines, Reporter, open_logger
 from mlsae.resolving import resolve, sae_config
 from mlsae.sae import MLSAE
 from mlsae.stopping import StopFlag
@@ -62,8 +64,19 @@ class Run:
         return asdict(self)
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, lm: LanguageModel | None = None) -> Run:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    lm: LanguageModel | None = None,
+    dp: int | None = None,
+    tp: int | None = None,
+) -> Run:
     """Train as `config` says and return the finished run; `lm` saves loading the language model again.
+
+    Under torchrun its processes train together: `dp` of them share out every micro-batch's sequences, times `tp` the latents
+    (None: all on dp); the run is the same for every layout, and goes on with any other. One that torchrun starts again resumes.
 
     SIGINT and SIGTERM save a checkpoint and raise Interrupted; `resume` then goes on, bit for bit as if nothing had happened.
 
@@ -71,15 +84,24 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True, l
         ConfigError, DataError, ResourceError, ModelError: before the first step, and without leaving a new run directory.
         NumericsError: a loss or gradient is not finite; nothing of that step is kept.
     """
+    device = local_device(devices.choose_device(config.device))
+    with open_mesh(dp, tp, device) as mesh:
+        if restarted() and not resume:
+            resume = mesh.by_leader(lambda: any(Path(config.out).glob("step-*")))
+        return _train(config, device, mesh, lm, resume=resume, progress=progress and mesh.leads)
+
+
+def _train(
+    config: TrainConfig, device: torch.device, mesh: Mesh, lm: LanguageModel | None, *, resume: bool, progress: bool
+) -> Run:
     started = time.monotonic()
-    device = devices.choose_device(config.device)
     shape = lm.shape if lm is not None else read_shape(config.lm)
     config = prepared(config, shape, device)
-    devices.check_fits(config, shape.d_model, device)
-    run = RunDirectory(Path(config.out), config.to_dict(), resume=resume)
+    mesh.everywhere(lambda: devices.check_fits(config, shape.d_model, device, share_of_latents(mesh)))
+    run = RunDirectory(Path(config.out), config.to_dict(), resume=resume, mesh=mesh)
     try:
         lm = load_lm(config, device) if lm is None else lm
-        loop = Loop(config, lm, run, resume=resume, progress=progress)
+        loop = Loop(config, lm, run, resume=resume, progress=progress, mesh=mesh)
         with StopFlag() as loop.stop:
             loop.run()
         return loop.summary(time.monotonic() - started)
@@ -129,8 +151,9 @@ class Loop:
         resume: bool,
         progress: bool,
         stream: Stream | None = None,
+        mesh: Mesh = ALONE,
     ):
-        self.config, self.lm, self.run_directory, self.progress = config, lm, run, progress
+        self.config, self.lm, self.run_directory, self.progress, self.mesh = config, lm, run, progress, mesh
         self.stop = StopFlag()
         """Whether a signal asked for a stop; it listens while `run` runs."""
         self.batch = config.batch_size or 1
@@ -138,7 +161,7 @@ class Loop:
         self.context = config.context_length or 1
         self.step_tokens = self.batch * self.accumulation * self.context
         self.n_steps = config.tokens // self.step_tokens
-        self.stream = Stream(config, lm, progress=progress) if stream is None else stream
+        self.stream = Stream(config, lm, progress=progress, mesh=mesh) if stream is None else stream
         self.blocks = self.stream.blocks
         if not config.repeat:
             self.n_steps = min(self.n_steps, len(self.blocks) // (self.batch * self.accumulation))
@@ -147,11 +170,11 @@ class Loop:
                 "data", f"{self.blocks.n_tokens} tokens is less than one step ({self.step_tokens}); allow --repeat"
             )
         torch.manual_seed(config.seed)
-        sae = MLSAE(_sae_config(config, lm)).to(lm.device)
+        sae = make_sae(_sae_config(config, lm), mesh).to(lm.device)
         check_pair(lm, sae)
         if config.lens is not None and not resume:  # a checkpoint holds the lens
             sae.set_lens(TunedLens.load(config.lens, lm))
-        self.trainer = Trainer(sae, config, n_steps=self.n_steps, step_tokens=self.step_tokens)
+        self.trainer = Trainer(sae, config, n_steps=self.n_steps, step_tokens=self.step_tokens, mesh=mesh)
         self.position = 0
         """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
         self.median_norm = torch.full((len(sae.layers),), torch.inf)
@@ -178,17 +201,26 @@ class Loop:
 
     def going(self) -> Generator[None]:
         """Every remaining step, the loop itself; it pauses after each micro-batch, for others to learn from that too."""
-        with files.JsonLines(self.run_directory.path / "metrics.jsonl") as self.metrics, self._reporter() as reporter:
+        with self._lines() as self.metrics, self._reporter() as reporter:
             self.metrics.truncate(self.metrics_bytes)
             self._validate(reporter)
             for step in range(self.trainer.steps + 1, self.n_steps + 1):
                 reporter.report((yield from self._step()), self.step_tokens, self._extra())
-                if step % (self.config.save_every_steps or 1) == 0 or step == self.n_steps or self.stop.asked:
+                stopping = self.stopping()
+                if step % (self.config.save_every_steps or 1) == 0 or step == self.n_steps or stopping:
                     self._save()
-                if self.stop.asked and step < self.n_steps:
+                if stopping and step < self.n_steps:
                     raise self.stopped()
                 self._validate(reporter)
-            self.trainer.sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
+            self._save_sae()
+
+    def stopping(self) -> bool:
+        """Whether a stop was asked for, of any process: they all stop at the same place."""
+        return self.mesh.any(self.stop.asked)
+
+    def _lines(self) -> files.JsonLines | NoLines:
+        """metrics.jsonl, which one process writes."""
+        return files.JsonLines(self.run_directory.path / "metrics.jsonl") if self.mesh.leads else NoLines()
 
     def _step(self) -> Generator[None, None, StepReport]:
         """Read a step's text and learn from it; one that fails is undone, the state before it saved, the run ended."""
@@ -196,7 +228,7 @@ class Loop:
         try:
             for reading in self._readings():
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
-                self.over_norm += reading.over_norm.cpu()
+                self.over_norm += self.mesh.total(reading.over_norm.cpu())
                 self._look_at(reading.norms.cpu(), reading.visible.cpu())
                 yield
             return self.trainer.update()
@@ -211,16 +243,17 @@ class Loop:
             self.trainer.abandon()
             self.position, self.over_norm, self.largest_norm = before
             self.stream.forget()
-            if self.trainer.steps:
+            if self.trainer.steps and (self.mesh.alone or isinstance(error, NumericsError)):  # which all agree on
                 with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
                     self._save()
             raise ending from error
 
     def _look_at(self, norms: torch.Tensor, visible: torch.Tensor) -> None:
         """Remember the largest norm, those beyond the limit too, and the median of what the SAE sees."""
-        largest = norms.amax((1, 2)).clamp(max=torch.finfo(norms.dtype).max)  # infinity is beyond the limit, and saved
-        self.largest_norm = self.largest_norm.maximum(largest)
-        seen = norms[:, visible]
+        largest = norms.flatten(1).amax(1) if norms.numel() else norms.new_zeros(len(norms))
+        largest = largest.clamp(max=torch.finfo(norms.dtype).max)  # infinity is beyond the limit, and saved
+        self.largest_norm = self.largest_norm.maximum(self.mesh.largest(largest))
+        seen = self.mesh.pooled_tokens(norms[:, visible])
         self.median_norm = seen.median(1).values if seen.numel() else torch.full_like(largest, torch.inf)
 
     def _too_large(self) -> str:
@@ -235,8 +268,7 @@ class Loop:
     def summary(self, seconds: float) -> Run:
         """The finished run in numbers."""
         tokens = self.trainer.steps * self.step_tokens
-        lines = untrusted.read_jsonl(self.run_directory.path / "metrics.jsonl", last_bytes=1 << 20)
-        last = [row for row in lines if "fvu" in row][-1]
+        last = self.mesh.by_leader(self._last_line)
         return Run(
             directory=str(self.run_directory.path),
             steps=self.trainer.steps,
@@ -247,6 +279,10 @@ class Loop:
             masked_by_norm=self.over_norm.tolist(),
             seconds=seconds,
         )
+
+    def _last_line(self) -> dict[str, Any]:
+        lines = untrusted.read_jsonl(self.run_directory.path / "metrics.jsonl", last_bytes=1 << 20)
+        return [row for row in lines if "fvu" in row][-1]
 
     def _readings(self) -> Iterator[Reading]:
         """The step's micro-batches."""
@@ -277,7 +313,7 @@ class Loop:
             return None
         if self.config.rules.validation_data == "train":
             return self.blocks
-        return pack_split(self.config, self.lm, "validation", progress=self.progress)
+        return self.mesh.leaders_first(lambda: pack_split(self.config, self.lm, "validation", progress=self.progress))
 
     def _extra(self) -> dict[str, Any] | None:
         """What metrics.jsonl holds beside the report of the step just taken, if it has a line there: then norms begin anew."""
@@ -303,13 +339,25 @@ class Loop:
 
     def stopped(self) -> Interrupted:
         """The end of a run that was asked to stop."""
-        return Interrupted("train", f"stopped after step {self.trainer.steps} of {self.n_steps}; --resume continues")
+        end = Interrupted("train", f"stopped after step {self.trainer.steps} of {self.n_steps}; --resume continues")
+        end.elsewhere = not self.mesh.leads
+        return end
 
     def _save(self) -> None:
         """A checkpoint of this moment between two steps, and the SAE where `from_pretrained` finds it."""
         checkpoint = self._checkpoint(metrics_bytes=self.metrics.sync())
         self.run_directory.save(checkpoint, self.config.keep_checkpoints)
-        self.trainer.sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
+        self._save_sae()
+
+    def _save_sae(self) -> None:
+        """The SAE as one file, whoever has its latents."""
+        sae = self.trainer.sae
+        whole = sae.whole() if isinstance(sae, ShardedSAE) else sae
+        self.mesh.by_leader(lambda: self._write_sae(whole))
+
+    def _write_sae(self, sae: MLSAE | None) -> None:
+        if sae is not None:
+            sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
 
     def _checkpoint(self, *, metrics_bytes: int) -> Checkpoint:
         """Everything that a run is, between two steps. Live tensors: they are to be saved at once."""
@@ -353,7 +401,9 @@ class Loop:
         warmup = int((self.config.warmup_fraction or 0.0) * self.n_steps)
         return Reporter(
             self.metrics,
-            open_logger(self.config.log_to, self.run_directory.path, self.config.to_dict()),
+            open_logger(self.config.log_to, self.run_directory.path, self.config.to_dict())
+            if self.mesh.leads
+            else None,
             done=self.trainer.steps * self.step_tokens,
             total=self.n_steps * self.step_tokens,
             warmup=warmup * self.step_tokens,
@@ -369,7 +419,7 @@ def validate(loop: Loop, blocks: TokenBlocks) -> float:
     n_blocks = min(loop.config.validation_sequences, len(blocks))
     for position in range(0, n_blocks, loop.batch):
         tokens = blocks.read(position, min(loop.batch, n_blocks - position), order="file")
-        if loop.stop.asked:
+        if loop.stopping():
             raise loop.stopped()
         vectors = read(loop.lm, sae, tokens).to_train(sae)
         vectors = sae.lensed(vectors)  # as in training

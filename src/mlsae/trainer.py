@@ -16,7 +16,9 @@ from mlsae.config import TrainerConfig, default_lr
 from mlsae.errors import ConfigError, NumericsError
 from mlsae.formats.weights import nonfinite
 from mlsae.initial import initialise
+from mlsae.mesh import ALONE, Mesh
 from mlsae.optimizer import optimizer_of
+from mlsae.parallel import SHARDED
 from mlsae.sae import MLSAE, Code
 
 MAX_OVERFLOWS = 20
@@ -63,6 +65,7 @@ class Trainer:
     Args:
         n_steps: length of the learning-rate schedule; None: no warm-up and no decay.
         step_tokens: tokens of a step, masked ones included; only the `lawson2024` dead-latent clock needs it.
+        mesh: the processes that learn together, each from its own vectors; all must call the same methods in the same order.
     """
 
     def __init__(
@@ -72,16 +75,21 @@ class Trainer:
         *,
         n_steps: int | None = None,
         step_tokens: int | None = None,
+        mesh: Mesh = ALONE,
     ):
         if sae.foreign_encoder:
             raise ConfigError(
                 "sae", "has a bias for each latent or thresholds; only TopK SAEs without are trained here"
             )
-        self.sae = sae
+        self.sae, self.mesh = sae, mesh
         sae.fingerprint = None
         self.config = config or TrainerConfig(recipe=sae.config.recipe)
         self.rules = self.config.rules
         self.n_steps = n_steps
+        if mesh.tp > 1 and self.config.precision == "float16":
+            raise ConfigError(
+                "precision", f"float16 is not trained with tp {mesh.tp}; use bfloat16 or float32, or tp 1"
+            )
         n_latents = sae.config.n_latents
         self.peak_lr = _given(self.config.lr, self.rules.lr, default_lr(n_latents // sae.config.groups))
         self.k_aux = _given(self.config.k_aux, min(256, n_latents))
@@ -111,6 +119,8 @@ class Trainer:
             self.sae.set_layers(first.shape[0])
         sample = itertools.chain([first], batches)
         self.variance = initialise(self.sae, sample, self.config.init_tokens, self.rules).to(self.sae.W_enc)
+        fixed = {name: tensor for name, tensor in self.sae.state_dict().items() if name not in SHARDED}
+        self.mesh.same({**fixed, "variance": self.variance})
         return self.variance
 
     def step(self, resid: Float[Tensor, "layer token d_model"]) -> StepReport:
@@ -121,7 +131,8 @@ class Trainer:
     def accumulate(self, resid: Float[Tensor, "layer token d_model"]) -> None:
         """Add one micro-batch to the gradient of the coming step."""
         variance = self.variance if self.variance is not None else self.initialise([resid])
-        if resid.shape[1] == 0:
+        n_tokens = self.mesh.count(resid.shape[1])
+        if n_tokens == 0:
             return
         if not self._begun:
             self._begun, self._quiet_before = True, self.quiet
@@ -131,17 +142,20 @@ class Trainer:
         resid = self.sae.lensed(resid)  # what follows, the loss too, is behind the lens
         with self._autocast():
             code = self.sae.encode_lensed(resid, impl=impl)
-            self.tick(code, resid.shape[1])
+            self.tick(code, n_tokens)
             error, squared = self.sae.error(resid, code, impl=impl)
-            aux = losses.AUX[self.rules.aux](self.sae, resid, code, error, self.dead(), self.k_aux, impl)
-        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, squared, variance)
+            squared = self.mesh.total(squared)
+            aux = losses.AUX[self.rules.aux](
+                self.sae, resid, code, error, self.dead(), self.k_aux, impl, n_tokens, self.mesh
+            )
+        per_layer = losses.RECONSTRUCTION[self.rules.variance](resid, squared, variance, n_tokens, self.mesh)
         loss = per_layer.mean() + self.config.aux_coef * aux
-        self.optimizer.backward(loss * resid.shape[1])
+        self.optimizer.backward(loss * n_tokens)
         if self.rules.normalize == "each_micro_batch":  # defect D7
             self.sae.normalize_decoder_()
             self.optimizer.project()
-        fvu = losses.per_dimension(resid, squared.detach(), variance)
-        self._parts.append((resid.shape[1], loss.detach(), aux.detach(), fvu))
+        fvu = losses.per_dimension(resid, squared.detach(), variance, n_tokens)
+        self._parts.append((n_tokens, loss.detach(), aux.detach(), fvu))
 
     def update(self) -> StepReport:
         """Take the step that the accumulated gradient asks for. Raises NumericsError, changing nothing, if it is not finite."""
@@ -149,8 +163,11 @@ class Trainer:
             raise ConfigError("resid", "no unmasked token in this step; raise batch_size or check the mask")
         n_tokens = sum(n for n, *_ in self._parts)
         try:
-            self._check_state()
-            grad_norm = self._finite(self.optimizer.mean_gradients(n_tokens))
+            self.mesh.everywhere(self._check_state)
+            *sharded, whole = self.optimizer.gradients()
+            self.mesh.sum_gradients(sharded, whole)
+            norms = self.mesh.norms(self.optimizer.mean_gradients(n_tokens), SHARDED)
+            grad_norm = self.mesh.everywhere(lambda: self._finite(norms))
         except NumericsError:
             self.abandon()
             raise
@@ -166,9 +183,10 @@ class Trainer:
         return self.quiet >= self.dead_after
 
     def tick(self, code: Code, n_tokens: int) -> None:
-        """Advance the dead-latent clock by one micro-batch."""
+        """Advance the dead-latent clock by one micro-batch, of n_tokens on all ranks."""
         fired = torch.zeros_like(self.quiet, dtype=torch.bool)
         fired[code.indices[code.values > self.config.dead_threshold]] = True
+        fired = self.mesh.union(fired)
         forwards = self.rules.dead_clock == "forwards"
         self.quiet = torch.where(fired, 1 if forwards else 0, self.quiet + (1 if forwards else n_tokens))
 

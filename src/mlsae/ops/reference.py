@@ -45,8 +45,23 @@ def top_k(
         here = pre_acts[: len(x[rows])]
         torch.mm(x[rows], W_enc.T, out=here)
         top = here.topk(k, dim=-1, sorted=False)
-        values[rows], indices[rows] = top.values.relu(), top.indices
+        values[rows], indices[rows] = top.values.relu(), _lowest_of_ties(here, top.values, top.indices)
     return values, indices
+
+
+def _lowest_of_ties(
+    pre_acts: Float[Tensor, "row n_latents"], values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"]
+) -> Int[Tensor, "row k"]:
+    """The latents of the k largest, where those of equal value beyond the k-th are the highest: torch takes any."""
+    least = values.amin(1, keepdim=True)
+    tied = ((pre_acts >= least).sum(1) > values.shape[1]) & (least[:, 0] > 0)
+    if tied.any():
+        order = (
+            values[tied].sort(dim=-1, descending=True, stable=True).indices
+        )  # where in the row each rank's value goes
+        best = pre_acts[tied].sort(dim=-1, descending=True, stable=True).indices[:, : values.shape[1]]
+        indices[tied] = torch.empty_like(best).scatter_(1, order, best)
+    return indices
 
 
 def decode(

@@ -1,0 +1,65 @@
+"""Several processes for a test, as torchrun starts them: gloo on this machine's CPU."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["pytest", "mlsae.train", "torch._dynamo", "torch._refs", "torch._meta_registrations"]
+)  # once; no thread is started before a fork
+
+
+def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
+    """What `work(*args)` returns on each of n ranks; a rank's error is raised here."""
+    port = free_port()
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(n)]
+    ranks = [CONTEXT.Process(target=_rank, args=(i, n, port, pipes[i][1], work, args), daemon=True) for i in range(n)]
+    for rank in ranks:
+        rank.start()
+    for _, end in pipes:
+        end.close()
+    try:
+        until = time.monotonic() + seconds
+        answers = [_answer(pipe, max(0.1, until - time.monotonic())) for pipe, _ in pipes]
+    finally:
+        for rank in ranks:
+            rank.join(1)
+            rank.kill()
+    for answer in answers:
+        if isinstance(answer, str):
+            raise AssertionError(answer)
+    return [answer[0] for answer in answers]
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _answer(pipe: Connection, seconds: float) -> Any:
+    try:
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll(seconds) else "a rank did not answer in time"
+    except EOFError:
+        return "a rank died"
+
+
+def _rank(rank: int, n: int, port: int, pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send_bytes(pickle.dumps((work(*args),)))  # by value: a tensor sent as itself dies with its process
+    except BaseException:
+        pipe.send_bytes(pickle.dumps(f"rank {rank} of {n}: {traceback.format_exc()}"))
