@@ -148,9 +148,9 @@ FAULTS = [
     Fault(
         "top k is one short",
         "ops/reference.py",
-        "values[rows], indices[rows] = top.values.relu(), top.indices",
+        "values[rows], indices[rows] = top.values.relu(), _lowest_of_ties(",
         "values[rows] = top.values.where(top.values > top.values.amin(1, keepdim=True), 0.0).relu()\n"
-        "        indices[rows] = top.indices",
+        "        indices[rows] = _lowest_of_ties(",
         "test_ops.py::test_encode_is_the_dense_definition",
     ),
     Fault(
@@ -220,14 +220,14 @@ FAULTS = [
     Fault(
         "the target of the published AuxK is detached",
         "losses.py",
-        "return ((error - guess).square().mean() / spread)",
-        "return ((error.detach() - guess).square().mean() / spread)",
+        "return (mesh.mean_square(error - guess) / mesh.mean_square(spread))",
+        "return (mesh.mean_square(error.detach() - guess) / mesh.mean_square(spread))",
         "test_losses.py::test_losses_and_gradients_are_the_equations",
     ),
     Fault(
         "micro-batches weigh alike however many tokens they hold",
         "trainer.py",
-        "self.optimizer.backward(loss * resid.shape[1])",
+        "self.optimizer.backward(loss * n_tokens)",
         "self.optimizer.backward(loss)",
         "test_trainer.py::test_a_step_in_parts_is_the_step",
     ),
@@ -305,13 +305,12 @@ FAULTS = [
     Fault(
         "a step is checked for NaN after the update",
         "trainer.py",
-        "            grad_norm = self._finite(self.optimizer.mean_gradients(n_tokens))\n"
+        "            grad_norm = self.mesh.everywhere(lambda: self._finite(norms))\n"
         "        except NumericsError:\n"
         "            self.abandon()\n"
         "            raise\n"
         "        lr, limit = self._schedule(), self.config.clip_grad_norm\n"
         "        self.optimizer.step(lr, 1.0 if limit is None or grad_norm <= limit else limit / grad_norm)\n",
-        "            norms = self.optimizer.mean_gradients(n_tokens)\n"
         "        except NumericsError:\n"
         "            self.abandon()\n"
         "            raise\n"
@@ -323,7 +322,7 @@ FAULTS = [
     Fault(
         "weights and moments are not checked for NaN",
         "trainer.py",
-        "            self._check_state()\n",
+        "            self.mesh.everywhere(self._check_state)\n",
         "",
         "test_nonfinite.py::test_it_ends_in_that_step_before_the_update[second moment-1]",
     ),
@@ -516,10 +515,10 @@ FAULTS = [
     ),
     Fault(
         "an SAE is judged by the text it was trained on",
-        "evaluate.py",
+        "heldout.py",
         'return "test" if trained_on(sae, data) or "test" in',
         'return "test" if "test" in',
-        "test_evaluate.py::test_held_out_text_is_the_default",
+        "test_heldout.py::test_held_out_text_is_the_default",
     ),
     Fault(
         "two terms of the decomposition are swapped",

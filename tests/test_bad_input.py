@@ -536,7 +536,7 @@ CASES = [
         damaged(2),
         10,
     ),
-    Case("46 newer format", "--out run --resume", 4, "format 3; this version reads up to 1; upgrade mlsae", newer, 10),
+    Case("46 newer format", "--out run --resume", 4, "format 3; this version reads up to 2; upgrade mlsae", newer, 10),
     Case(
         "47 other width",
         "evaluate run --lm other",

@@ -210,7 +210,7 @@ def test_the_last_row_is_the_multi_layer_sae(make, lm, corpus):
 
 def test_batches_do_not_matter_to_the_matrix(make, lm, corpus, monkeypatch):
     before = off_layer_matrix(make(3), lm, str(corpus), tokens=512, splice_tokens=512, progress=False)
-    monkeypatch.setattr(importlib.import_module("mlsae.evaluate"), "BATCH_TOKENS", 64)
+    monkeypatch.setattr(importlib.import_module("mlsae.heldout"), "BATCH_TOKENS", 64)
     after = off_layer_matrix(make(3), lm, str(corpus), tokens=512, splice_tokens=512, progress=False)
     torch.testing.assert_close(measured(after), measured(before), rtol=1e-5, atol=1e-6)
 

@@ -1,7 +1,6 @@
 """Evaluation: the identities every metric keeps, each number by hand, and nothing changed by looking."""
 
 import contextlib
-import importlib
 import json
 import math
 from pathlib import Path
@@ -13,12 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import train_command
-from mlsae import losses, metrics
+from mlsae import heldout, losses, metrics
 from mlsae.cli import main
 from mlsae.config import MLSAEConfig
 from mlsae.data import TokenBlocks, pack
 from mlsae.errors import ConfigError, DataError, ModelError
-from mlsae.evaluate import Evaluation, evaluate, held_out_split, splice_with
+from mlsae.evaluate import Evaluation, evaluate, splice_with
 from mlsae.files import finite
 from mlsae.intervals import jackknife
 from mlsae.lm import LanguageModel
@@ -28,7 +27,6 @@ from mlsae.text import TextSource
 from mlsae.tokens import Tokenizer
 from tiny import byte_tokenizer
 
-evaluating = importlib.import_module("mlsae.evaluate")
 D_MODEL, CONTEXT, LAYERS = 32, 32, (0, 1, 2)
 SETTINGS = {"tokens": 10**6, "progress": False}
 
@@ -121,7 +119,7 @@ def test_clean_ce_is_the_models_own_loss(lm: LanguageModel, blocks: TokenBlocks,
 def test_neither_batch_size_nor_order_matters(lm, blocks, monkeypatch: pytest.MonkeyPatch):
     sae, seen = make_sae(), []
     for batch_tokens, order in ((CONTEXT, 1), (3 * CONTEXT, -1), (10**6, 1)):
-        monkeypatch.setattr(evaluating, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(heldout, "BATCH_TOKENS", batch_tokens)
         shuffled = TokenBlocks(blocks._tokens[::order], blocks.document_starts, blocks.info)
         seen.append(evaluate(sae, lm, shuffled, **SETTINGS))
     for other in seen[1:]:
@@ -258,7 +256,7 @@ def test_reconstruction_by_hand(lm: LanguageModel, blocks: TokenBlocks):
 
 def test_published_definitions_by_hand(lm, blocks, monkeypatch: pytest.MonkeyPatch):
     """Means over batches of MSE over the variance of all scalars, masked vectors kept as zeros on both sides."""
-    monkeypatch.setattr(evaluating, "BATCH_TOKENS", 4 * CONTEXT)
+    monkeypatch.setattr(heldout, "BATCH_TOKENS", 4 * CONTEXT)
     sae, fvus, mses = make_sae(), [], []
     for start in (0, 4):
         tokens = blocks.read(start, 4)
@@ -349,7 +347,7 @@ def test_norm_outliers_are_left_out_of_every_layer_and_counted(lm: LanguageModel
 )
 @pytest.mark.parametrize("batch_tokens", [CONTEXT, 3 * CONTEXT])
 def test_splice_tokens_is_rounded_up_to_sequences(lm, blocks, monkeypatch, limit, spliced, batch_tokens):
-    monkeypatch.setattr(evaluating, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(heldout, "BATCH_TOKENS", batch_tokens)
     found = evaluate(make_sae(), lm, blocks, splice_tokens=limit, **SETTINGS)
     assert found.n_spliced_tokens == spliced * CONTEXT
     assert found.n_tokens == int(lm.keep_mask(all_tokens(blocks)).sum())
@@ -434,42 +432,6 @@ def test_validation_at_every_step_changes_no_bit_of_the_weights(tmp_path, traine
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------
-
-
-def trained_on(data: Path) -> MLSAE:
-    return make_sae(data=str(data))
-
-
-def test_held_out_text_is_the_default(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
-    assert held_out_split(trained_on(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl")) == "test"
-    assert held_out_split(trained_on(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")) == "all"
-    assert held_out_split(trained_on(tmp_path / "a.jsonl"), str(corpus)) == "test"
-    assert held_out_split(make_sae(), str(tmp_path / "a.jsonl")) == "all"
-    monkeypatch.chdir(tmp_path)
-    assert held_out_split(trained_on(Path("a.jsonl")), str(tmp_path / "a.jsonl")) == "test"
-
-
-@pytest.mark.parametrize("spelled", ["x/../a.jsonl", "link.jsonl", "x/../link.jsonl"])
-def test_training_text_is_known_however_it_is_spelled(tmp_path: Path, spelled: str):
-    """Else the SAE is judged on the text it was trained on, and nobody is told."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
-    (tmp_path / "x").mkdir()
-    assert held_out_split(trained_on(tmp_path / "a.jsonl"), str(tmp_path / spelled)) == "test"
-
-
-def test_training_text_is_known_from_another_folder(tmp_path, trained, corpus, lm_folder, monkeypatch):
-    """Trained with a relative --data, evaluated from elsewhere with the whole path."""
-    monkeypatch.chdir(corpus)
-    lone = tmp_path / "lone.jsonl"
-    lone.write_text((corpus / "train.jsonl").read_text())
-    monkeypatch.chdir(tmp_path)
-    assert main(train_command(lm=lm_folder, data=Path("lone.jsonl"), out="run")) == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert held_out_split(MLSAE.from_pretrained(tmp_path / "run"), str(lone)) == "test"
 
 
 def test_a_path_is_read_in_the_held_out_part_unless_a_split_is_named(lm: LanguageModel, corpus: Path):

@@ -1,7 +1,6 @@
 """One truth across the commands: they read the same tokens, mean the same by a number, and say when a number is odd."""
 
 import dataclasses
-import importlib
 import itertools
 import json
 import platform
@@ -21,7 +20,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mlsae import analyze, evaluate, fingerprint, train
+from mlsae import analyze, evaluate, fingerprint, heldout, train
 from mlsae.analyze import prompt_activity
 from mlsae.config import MLSAEConfig, TrainConfig
 from mlsae.data import TokenBlocks, pack
@@ -36,7 +35,6 @@ from mlsae.trainer import Trainer
 from mlsae.untrusted import read_json, read_jsonl
 from tiny import tiny_hf_model, tiny_lm
 
-evaluating = importlib.import_module("mlsae.evaluate")
 N_LAYERS, D_MODEL, CONTEXT = 4, 16, 16
 SETTINGS = {"tokens": 10**6, "progress": False}
 TINY = {
@@ -364,7 +362,7 @@ def test_how_tokens_are_batched_changes_no_number(lm, text, monkeypatch, n_block
     blocks = TokenBlocks(packed._tokens[:64], packed.document_starts, packed.info)
     found = []
     for size in (8, n_blocks):
-        monkeypatch.setattr(evaluating, "BATCH_TOKENS", size * CONTEXT)
+        monkeypatch.setattr(heldout, "BATCH_TOKENS", size * CONTEXT)
         evaluated = evaluate(make_sae(), lm, blocks, splice_tokens=8 * CONTEXT, **SETTINGS)
         analyzed = analyze(make_sae(), lm, blocks, **SETTINGS)
         cosines = analyzed.similarity.to_dict()["centred"]["mean"]

@@ -43,7 +43,7 @@ NOTHING = 1e-13
 def _small_batches() -> Iterator[None]:
     """Two blocks a batch, so that a little text makes many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("mlsae.evaluate"), "BATCH_TOKENS", BATCH)
+        patch.setattr(importlib.import_module("mlsae.heldout"), "BATCH_TOKENS", BATCH)
         yield
 
 

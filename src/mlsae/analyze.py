@@ -21,7 +21,7 @@ from mlsae.analysis.summary import headlines, nested, summarise
 from mlsae.analysis.sums import AnalysisSums, analysis_sums
 from mlsae.analysis.vocabulary import Words, words_of
 from mlsae.data import TextSource, TokenBlocks
-from mlsae.evaluate import open_blocks, open_pair
+from mlsae.heldout import open_blocks, open_pair
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.sae import MLSAE

@@ -26,6 +26,7 @@ from mlsae.flags import (
     SweepGrid,
     Train,
 )
+from mlsae.measuring import run_analyze, run_evaluate, run_merge
 
 
 def run_demo(command: Demo) -> tuple[Any, str]:
@@ -61,131 +62,6 @@ def run_train(command: Train) -> tuple[Any, str]:
         f"FVU {run.fvu:.3f}, {run.dead_fraction:.1%} dead\n"
         f"{run.directory}/sae\nNext: mlsae evaluate {shlex.quote(run.directory)}"
     )
-
-
-def run_evaluate(command: Evaluate) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae import files
-    from mlsae.evaluate import evaluate, evaluate_shard
-    from mlsae.shards import TextShard
-
-    shard = None if command.shard is None else TextShard.parse(command.shard)
-    out = naming.run_directory(command.sae) if command.out is None else Path(command.out)
-    if out is not None:
-        files.probe_writable(out)
-    given: dict[str, Any] = {name: getattr(command, name) for name in ("tokens", "splice_tokens", "context_length")}
-    given["progress"] = not command.quiet
-    if shard is None:
-        return _written_evaluation(command, evaluate(*naming.named(command), **given), out)
-    if out is None:
-        raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
-    sae, lm, data = naming.named(command)
-    asked = naming.asked(command, lm, data)
-    return _shard_written(evaluate_shard(sae, lm, data, out, shard, **given, asked=asked), out)
-
-
-def _written_evaluation(command: Evaluate, evaluation: Any, out: Path | None) -> tuple[Any, str]:
-    """Write evaluation.json, if there is where to."""
-    from mlsae import files
-    from mlsae.analysis.report import plain_table
-
-    lines = [plain_table(evaluation), f"{evaluation.n_tokens:,} tokens, {evaluation.dead_fraction:.1%} dead latents"]
-    if out is not None:
-        files.write_json(out / "evaluation.json", evaluation.to_dict())
-        lines.append(str(out / "evaluation.json"))
-    if naming.run_directory(command.sae) is not None:
-        lines.append(f"Next: mlsae analyze {shlex.quote(command.sae)}")
-    return evaluation, "\n".join(lines)
-
-
-def run_analyze(command: Analyze) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae import files
-    from mlsae.analyze import PROMPT, analyze, analyze_shard
-    from mlsae.shards import TextShard
-
-    shard = None if command.shard is None else TextShard.parse(command.shard)
-    run = naming.run_directory(command.sae)
-    if command.out is None and run is None:
-        raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
-    out = Path(command.out) if command.out is not None else Path(command.sae) / "analysis"
-    files.probe_writable(out)
-    known = {} if run is None else naming.known_of(run)  # before the work: what cannot be read must not cost it
-    given: dict[str, Any] = {
-        "tokens": command.tokens,
-        "context_length": command.context_length,
-        "prompt": PROMPT if command.prompt is None else command.prompt,
-        "nulls": command.nulls,
-        "directions": command.directions,
-        "examples": command.examples,
-        "progress": not command.quiet,
-    }
-    if shard is None:
-        return _written_analysis(command, analyze(*naming.named(command), **given), out, known)
-    sae, lm, data = naming.named(command)
-    asked = naming.asked(command, lm, data)
-    return _shard_written(analyze_shard(sae, lm, data, out, shard, **given, asked=asked), out)
-
-
-def _written_analysis(command: Analyze, analysis: Any, out: Path, known: dict[str, Any]) -> tuple[Any, str]:
-    """Write the files of an analysis, and its report."""
-    from mlsae.analysis.report import write_report
-
-    analysis.save(out, progress=not command.quiet)
-    report, *_ = write_report(
-        out / "report.html", title=f"Layers of {Path(command.sae).name}", analysis=analysis, **known
-    )
-    terms = analysis.statistics.decomposition()
-    shares = {name: f"{getattr(terms, name) / terms.total:.0%}" for name in ("within", "token", "latent")}
-    return analysis, (
-        f"{analysis.statistics.n_tokens:,} tokens. Of the variance of depth {shares['within']} is within one latent on one "
-        f"token, {shares['token']} between tokens, {shares['latent']} between latents.\n{report}"
-    )
-
-
-def run_merge(command: Merge) -> tuple[Any, str]:
-    """Returns the result and what to print."""
-    from mlsae import shards
-    from mlsae.errors import ResourceError
-
-    places = [Path(command.directory), Path(command.directory) / "analysis"]
-    found = [(kind, place) for place in places for kind in shards.kinds_in(place)]
-    if not found:
-        raise ResourceError(command.directory, "holds no shards; evaluate --shard and analyze --shard write them")
-    done: dict[str, Any] = {}
-    shown = []
-    for kind, place in found:
-        done[kind], text = {"evaluate": _merge_evaluation, "analyze": _merge_analysis}[kind](command, place)
-        shown.append(text)
-    return shards.Merged(done), "\n\n".join(shown)
-
-
-def _merge_evaluation(command: Merge, place: Path) -> tuple[Any, str]:
-    from mlsae import shards
-    from mlsae.evaluate import merge_evaluation
-    from mlsae.sae import MLSAE
-
-    whole = shards.gather(place, "evaluate")
-    asked = Evaluate(**naming.asked_anew(command, whole.asked))
-    return _written_evaluation(asked, merge_evaluation(whole, MLSAE.from_pretrained(asked.sae)), place)
-
-
-def _merge_analysis(command: Merge, place: Path) -> tuple[Any, str]:
-    from mlsae import shards
-    from mlsae.analyze import merge_analysis
-
-    whole = shards.gather(place, "analyze")
-    asked = Analyze(**naming.asked_anew(command, whole.asked))
-    run = naming.run_directory(asked.sae)
-    known = {} if run is None else naming.known_of(run)
-    analysis = merge_analysis(whole, *naming.named(asked), progress=not command.quiet)
-    return _written_analysis(asked, analysis, place, known)
-
-
-def _shard_written(done: Any, out: Path) -> tuple[Any, str]:
-    """What one shard says when it is done."""
-    missing = f"still missing: {', '.join(done.missing)}" if len(done.missing) < 9 else f"{len(done.missing)} missing"
-    return done, f"{done.folder}\n{missing if done.missing else f'Next: mlsae merge {shlex.quote(str(out))}'}"
 
 
 def run_lens(command: FitLens) -> tuple[Any, str]:

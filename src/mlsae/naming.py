@@ -30,7 +30,7 @@ def names(command: Evaluate | Analyze | Export) -> tuple[Any, str, str]:
 def text(command: Evaluate | Analyze | Export, sae: Any, data: str) -> Any:
     """The part of the text to judge by; the text that a run was trained on is read as the run read it."""
     from mlsae import untrusted
-    from mlsae.evaluate import held_out_split, trained_on
+    from mlsae.heldout import held_out_split, trained_on
     from mlsae.text import TextSource
 
     run, rows = run_directory(command.sae), Rows()

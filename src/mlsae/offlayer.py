@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlsae.data import TextSource, TokenBlocks
 from mlsae.errors import ConfigError
-from mlsae.evaluate import open_blocks, open_pair, token_batches
+from mlsae.heldout import open_blocks, open_pair, token_batches
 from mlsae.lm import LanguageModel
 from mlsae.metrics import ReconstructionSums, cross_entropy
 from mlsae.reading import Reading, read

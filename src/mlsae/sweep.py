@@ -14,8 +14,9 @@ from mlsae.analysis.report import number, percent, plain
 from mlsae.config import TrainConfig
 from mlsae.data import TokenBlocks
 from mlsae.errors import ConfigError
-from mlsae.evaluate import evaluate, held_out_split, open_blocks
+from mlsae.evaluate import evaluate
 from mlsae.formats import own
+from mlsae.heldout import held_out_split, open_blocks
 from mlsae.lm import LanguageModel
 from mlsae.lockstep import train_together
 from mlsae.sae import MLSAE

@@ -60,7 +60,7 @@ def expected(sae, lm, tokens, layer) -> dict[tuple[int, int, int], float]:
 @pytest.mark.parametrize("changes", [{}, {"frame": "vector"}, {"groups": 2, "n_latents": 80}])
 def test_every_activation_is_written_once(lm, blocks, tmp_path, monkeypatch, changes):
     # several batches, and one cut short
-    monkeypatch.setattr(sys.modules["mlsae.evaluate"], "BATCH_TOKENS", 3 * CONTEXT)
+    monkeypatch.setattr(sys.modules["mlsae.heldout"], "BATCH_TOKENS", 3 * CONTEXT)
     sae = sae_of(**changes)
     done = delphi.write_cache(sae, lm, blocks, tmp_path / "out", n_splits=3, progress=False)
     assert done.hookpoints == ["layers.0", "layers.2"]

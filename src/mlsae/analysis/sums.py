@@ -12,7 +12,7 @@ from mlsae.analysis.layers import LayerStatistics
 from mlsae.analysis.nulls import NullStatistics
 from mlsae.data import TextBatch, TokenBlocks
 from mlsae.errors import DataError
-from mlsae.evaluate import text_batches, token_batches
+from mlsae.heldout import text_batches, token_batches
 from mlsae.intervals import MIN_SHARDS, N_SHARDS, shard_of
 from mlsae.lm import LanguageModel
 from mlsae.reading import Reading, read

@@ -21,8 +21,8 @@ from mlsae.analysis.example_file import to_half
 from mlsae.data import TextSource, TokenBlocks
 from mlsae.downstream import chosen
 from mlsae.errors import ConfigError
-from mlsae.evaluate import open_blocks, open_pair, text_batches
 from mlsae.formats.sparsify import folder_of
+from mlsae.heldout import open_blocks, open_pair, text_batches
 from mlsae.lm import LanguageModel
 from mlsae.reading import read
 from mlsae.reporting import bar

@@ -28,7 +28,7 @@ from mlsae.analysis.example_file import Example, read_about, read_all
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.downstream import chosen
 from mlsae.errors import ConfigError, ModelError
-from mlsae.evaluate import open_pair
+from mlsae.heldout import open_pair
 from mlsae.lm import LanguageModel
 from mlsae.sae import MLSAE
 

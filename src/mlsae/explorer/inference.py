@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from mlsae.errors import ConfigError, MlsaeError, ModelError
-from mlsae.evaluate import open_pair
+from mlsae.heldout import open_pair
 from mlsae.lm import LanguageModel
 from mlsae.metrics import Moments
 from mlsae.reading import MAX_CONTEXT, read
