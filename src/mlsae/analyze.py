@@ -141,8 +141,7 @@ class Analysis:
             return None
         row, tokens, centre = found
         words = self.tokenizer.strings(tokens)
-        between = "" if any(" " in word for word in words) else " "  # some tokenizers keep no spaces in single tokens
-        return self.layers[row], between.join(words[:centre]), words[centre], between.join(words[centre + 1 :])
+        return self.layers[row], "".join(words[:centre]), words[centre], "".join(words[centre + 1 :])
 
 
 def analyze(
