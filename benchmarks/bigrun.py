@@ -9,7 +9,8 @@ import pyarrow as pa
 import torch
 
 from mlsae import files
-from mlsae.analysis.example_file import About, Rows, Settings, new_file
+from mlsae.analysis.example_file import new_file
+from mlsae.analysis.example_rows import About, Rows, Settings
 from mlsae.analysis.latents import save_columns
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.config import MLSAEConfig

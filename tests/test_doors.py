@@ -61,7 +61,7 @@ ROOMS = [
         "analysis.directions",
         "analysis.vocabulary",
     },
-    {"analysis.nulls", "analysis.summary", "analysis.example_file"},
+    {"analysis.nulls", "analysis.summary", "analysis.example_file", "analysis.example_rows"},
     {"analysis.examples", "analysis.latents", "analysis.lawson2024_dists", "analysis.lawson2024_examples"},
     {"analysis.sums"},
     {"lockstep", "offlayer", "convert", "downstream"},

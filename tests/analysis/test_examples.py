@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlsae.analysis import example_file, examples
-from mlsae.analysis.example_file import SCHEMA, Example, read_about, read_examples, read_peaks
+from mlsae.analysis import example_file, example_rows, examples
+from mlsae.analysis.example_file import SCHEMA, read_about, read_examples, read_peaks
+from mlsae.analysis.example_rows import Example
 from mlsae.analysis.examples import Examples
 from mlsae.data import PackInfo, TokenBlocks
 from mlsae.errors import ConfigError, DataError, ModelError, NumericsError, ResourceError
@@ -237,7 +238,7 @@ def test_merging_changes_neither_part(tmp_path):
 
 
 def test_files_of_parts_load_and_merge_to_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(example_file, "GROUP_ROWS", 20)
+    monkeypatch.setattr(example_rows, "GROUP_ROWS", 20)
     given = world(5)
     whole = saved(given.collected([[0, 1, 2, 3, 4]], **SETTINGS), given, tmp_path / "a")
     for name, ids in (("b", [0, 4]), ("c", [1, 2, 3])):
@@ -323,7 +324,7 @@ def test_quantiles_cut_the_sample_into_equal_parts(tmp_path):
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[World, Path]:
     """A file of several groups of rows."""
-    monkeypatch.setattr(example_file, "GROUP_ROWS", 20)
+    monkeypatch.setattr(example_rows, "GROUP_ROWS", 20)
     given = world(7)
     given.collected([[0, 1, 2, 3, 4]], **SETTINGS).save(tmp_path / "examples.parquet", given.blocks, layers=(2, 5))
     return given, tmp_path / "examples.parquet"

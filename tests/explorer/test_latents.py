@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mlsae import files
-from mlsae.analysis.example_file import Example, read_examples
+from mlsae.analysis.example_file import read_examples
+from mlsae.analysis.example_rows import Example
 from mlsae.analysis.latents import columns, save_columns
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.errors import ConfigError

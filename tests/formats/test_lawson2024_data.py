@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import proof
-from mlsae.analysis.example_file import Example, read_about, read_all, read_examples
+from mlsae.analysis.example_file import read_about, read_all, read_examples
+from mlsae.analysis.example_rows import Example
 from mlsae.analysis.examples import Examples
 from mlsae.analysis.lawson2024_dists import TOLERANCE, columns, read_dists, write_dists
 from mlsae.analysis.lawson2024_examples import Imported, import_examples, write_examples

@@ -17,18 +17,8 @@ from jaxtyping import Bool, Float16, Float32, Int, Int64
 from torch import Tensor
 
 from mlsae import devices
-from mlsae.analysis.example_file import (
-    KINDS,
-    N_PLACES,
-    About,
-    Rows,
-    Settings,
-    Text,
-    new_file,
-    read_about,
-    read_rows,
-    to_half,
-)
+from mlsae.analysis.example_file import N_PLACES, new_file, read_about, read_rows, to_half
+from mlsae.analysis.example_rows import KINDS, About, Rows, Settings, Text
 from mlsae.analysis.layers import SparseCode, checked
 from mlsae.data import TokenBlocks
 from mlsae.errors import ConfigError, DataError, ModelError, ResourceError

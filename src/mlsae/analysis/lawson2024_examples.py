@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlsae import files, untrusted
-from mlsae.analysis.example_file import About, Example, Settings, new_file, read_about, read_all
+from mlsae.analysis.example_file import new_file, read_about, read_all
+from mlsae.analysis.example_rows import About, Example, Settings
 from mlsae.analysis.lawson2024_dists import PARTS, opened, row_groups
 from mlsae.errors import ConfigError, ModelError, ResourceError, printable
 from mlsae.reporting import bar

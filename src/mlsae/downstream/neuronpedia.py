@@ -24,7 +24,8 @@ from torch import Tensor
 
 from mlsae import files
 from mlsae.analysis.directions import blocks
-from mlsae.analysis.example_file import Example, read_about, read_all
+from mlsae.analysis.example_file import read_about, read_all
+from mlsae.analysis.example_rows import Example
 from mlsae.analysis.layers import LayerStatistics
 from mlsae.downstream import chosen
 from mlsae.errors import ConfigError, ModelError
