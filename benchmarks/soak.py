@@ -2,8 +2,10 @@
 
     python benchmarks/soak.py                  200 kills, in a few minutes
     python benchmarks/soak.py --kills 1000
+    python benchmarks/soak.py --rows ranks     only the rows with this word in their names
 
-The machinery is the tests' own (tests/test_resume.py, tests/test_checkpoint.py). Exits with 1 if anything was lost. Linux only.
+The machinery is the tests' own (tests/test_resume.py, tests/test_kills.py, tests/test_checkpoint.py). Exits with 1 if anything
+was lost. Linux only.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from transformers.utils.logging import disable_progress_bar
 
 import test_checkpoint as checkpoints
+import test_kills as ranks
 import test_resume as runs
 
 Row = tuple[str, list[str]]
@@ -44,6 +47,19 @@ def asked(folder: Path, signals: int, seed: int) -> Row:
         tally = runs.asked(trainers, folder, signals=signals, seed=seed)
     where = f"{tally.kills} signals ({tally.inside} in a validation)"
     return f"{where}: all saved, {tally.exact} of {tally.runs} runs exact", tally.stuck + tally.inexact
+
+
+def one_of_several(folder: Path, kills: int, seed: int) -> Row:
+    """SIGKILL of one rank of several: the others end, and the resumed run ends in the bits of the one that was left alone."""
+    tally = ranks.soak(folder, kills=kills, seed=seed)
+    where = f"{tally.inside} inside a save, {tally.early} before the first checkpoint"
+    resumes = f"{tally.resumes} resumes, {tally.changed} on another layout"
+    ended = f"the others ended within {tally.slowest:.1f} s"
+    exact = tally.runs - len(tally.stuck) - len(tally.inexact)
+    return f"{tally.kills} kills ({where}), {resumes}, {ended}: {exact} of {tally.runs} runs as if left alone", [
+        *tally.stuck,
+        *tally.inexact,
+    ]
 
 
 def training(folder: Path) -> contextlib.closing[runs.Trainers]:
@@ -85,6 +101,8 @@ def main() -> int:
     """Print the table; 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--rank-kills", type=int, default=20)
+    parser.add_argument("--rows", default="", help="only rows with this in their names")
     parser.add_argument("--damages", type=int, default=1000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -92,7 +110,7 @@ def main() -> int:
     disable_progress_bar()
     os.fsync = lambda descriptor: None  # no machine crashes but in the model, which sees every call
     lost = 0
-    for what, row in rows(options):
+    for what, row in [found for found in rows(options) if options.rows in found[0]]:
         with tempfile.TemporaryDirectory(prefix="mlsae-soak-") as folder:
             began = time.monotonic()
             figures, wrong = row(Path(folder))
@@ -106,6 +124,7 @@ def main() -> int:
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], Row]]]:
     """The rows of the table."""
     yield "process killed", lambda folder: killed(folder, options.kills, options.seed)
+    yield "ranks killed", lambda folder: one_of_several(folder, options.rank_kills, options.seed)
     yield "asked to stop", lambda folder: asked(folder, options.kills // 2, options.seed)
     yield "disk refuses", refused
     yield "machine crashes", crashed

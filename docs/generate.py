@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves. `python docs/generate.py --check` only says whether it is current."""
+"""Write docs/cli.md, and the plans in docs/scale.md, from the commands themselves. `--check` only says if they are current."""
 
 import contextlib
 import io
@@ -11,7 +11,9 @@ os.environ["COLUMNS"] = "110"
 
 from mlsae.cli import COMMANDS, HELP, main
 
-TARGET = Path(__file__).parent / "cli.md"
+HERE = Path(__file__).parent
+PLAN = re.compile(r"(```\n\$ (mlsae plan [^`]*?[^\\\n])\n)[^$]*?(?=```)")
+"""A command, over lines that end in a backslash, and what it printed."""
 INTRODUCTION = """# The command line
 
 Written by `make docs` from the commands' own help. Exit codes: 0 done, 1 a bug in mlsae, 2 a flag or config, 3 text,
@@ -34,8 +36,21 @@ def page() -> str:
     return "\n".join([INTRODUCTION, f"```\n{HELP.rstrip()}\n```\n", "\n\n".join(sections), ""])
 
 
+def planned(text: str) -> str:
+    """A page whose plans are what the commands above them print."""
+
+    def printed(found: re.Match[str]) -> str:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            main(found[2].replace("\\\n", " ").split()[1:])
+        return found[1] + shown.getvalue()
+
+    return PLAN.sub(printed, text)
+
+
 if __name__ == "__main__":
-    if "--check" not in sys.argv:
-        TARGET.write_text(page())
-    elif TARGET.read_text() != page():
-        sys.exit("docs/cli.md is out of date; run make docs")
+    for path, wanted in ((HERE / "cli.md", page()), (HERE / "scale.md", planned((HERE / "scale.md").read_text()))):
+        if "--check" not in sys.argv:
+            path.write_text(wanted)
+        elif path.read_text() != wanted:
+            sys.exit(f"docs/{path.name} is out of date; run make docs")

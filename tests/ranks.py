@@ -19,16 +19,10 @@ CONTEXT.set_forkserver_preload(
 
 def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
     """What `work(*args)` returns on each of n ranks; a rank's error is raised here."""
-    port = free_port()
-    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(n)]
-    ranks = [CONTEXT.Process(target=_rank, args=(i, n, port, pipes[i][1], work, args), daemon=True) for i in range(n)]
-    for rank in ranks:
-        rank.start()
-    for _, end in pipes:
-        end.close()
+    ranks, pipes = start_ranks(n, work, *args)
     try:
         until = time.monotonic() + seconds
-        answers = [_answer(pipe, max(0.1, until - time.monotonic())) for pipe, _ in pipes]
+        answers = [_answer(pipe, max(0.1, until - time.monotonic())) for pipe in pipes]
     finally:
         for rank in ranks:
             rank.join(1)
@@ -37,6 +31,37 @@ def run_ranks(n: int, work: Callable[..., Any], *args: Any, seconds: float = 60)
         if isinstance(answer, str):
             raise AssertionError(answer)
     return [answer[0] for answer in answers]
+
+
+def start_ranks(n: int, work: Callable[..., Any], *args: Any) -> tuple[list[Any], list[Connection]]:
+    """The n processes, and where each tells what `work(*args)` gave it; before that, what it told with `tell`."""
+    port = free_port()
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(n)]
+    ranks = [CONTEXT.Process(target=_rank, args=(i, n, port, pipes[i][1], work, args), daemon=True) for i in range(n)]
+    for rank in ranks:
+        rank.start()
+    for _, end in pipes:
+        end.close()
+    return ranks, [pipe for pipe, _ in pipes]
+
+
+def tell(event: dict[str, Any]) -> None:
+    """Say something, from a rank, to who started it."""
+    _told[0].send_bytes(pickle.dumps(event))
+
+
+_told: list[Connection] = []
+
+
+def gathered_rows(own: Any, groups: int, size: int, mesh: Any) -> Any:
+    """A tensor with a row for each latent, whose rows the mesh's tp ranks share, in one piece."""
+    import torch
+
+    by_group = own.view(groups, len(own) // groups, -1)
+    widest = -(-size // mesh.tp)
+    parts = mesh.gathered(torch.nn.functional.pad(by_group, (0, 0, 0, widest - by_group.shape[1])))
+    shares = zip(parts, mesh.shares(size), strict=True)
+    return torch.cat([part[:, : share.stop - share.start] for part, share in shares], 1).flatten(0, 1)
 
 
 def free_port() -> int:
@@ -59,6 +84,7 @@ def _rank(rank: int, n: int, port: int, pipe: Connection, work: Callable[..., An
     import torch
 
     torch.set_num_threads(1)
+    _told.append(pipe)
     try:
         pipe.send_bytes(pickle.dumps((work(*args),)))  # by value: a tensor sent as itself dies with its process
     except BaseException:

@@ -20,12 +20,14 @@ import torch
 
 from mlsae import checkpoint as module
 from mlsae import files
-from mlsae.checkpoint import PARTS, Checkpoint, RunDirectory
+from mlsae.checkpoint import Checkpoint, RunDirectory
 from mlsae.config import MLSAEConfig
 from mlsae.errors import MlsaeError, NumericsError, ResourceError
+from mlsae.manifest import file_names
 from mlsae.sae import MLSAE
 
 torch.set_num_threads(1)
+PARTS = file_names(1)
 CONFIG = {"lm": "tiny", "k": 4, "layers": [0, 1], "lr": 2e-4, "limit": float("inf"), "out": "here"}
 
 

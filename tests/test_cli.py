@@ -352,6 +352,17 @@ def test_a_signal_ends_a_command_at_once_in_words(monkeypatch: pytest.MonkeyPatc
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train", "evaluate", "analyze"}))
+def test_what_one_process_does_is_refused_under_torchrun(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Else several would write the same files at once."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(COMMANDS, name, (COMMANDS[name][0], failing_with(AssertionError("it ran"))))
+    assert main([name]) == 2
+    assert re.fullmatch(
+        f"error: torchrun: {name} is done by one process; .*train, evaluate, analyze.*\n", capsys.readouterr().err
+    )
+
+
 def test_a_command_may_run_outside_the_main_thread():
     """Where signals are somebody else's."""
     with ThreadPoolExecutor(1) as thread:

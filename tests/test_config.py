@@ -290,7 +290,7 @@ def test_what_is_given_is_kept():
 
 def test_resolving_twice_is_resolving_once_and_leaves_no_blank():
     optional = {"n_latents", "expansion_factor", "clip_grad_norm", "separator_token", "device", "lm_dtype", "log_to"}
-    optional |= {"lens"}
+    optional |= {"lens", "lm_device_map"}
     for recipe in RECIPES:
         found = resolved(tokens=10**7, recipe=recipe)
         assert resolve(found, PYTHIA) == found

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from mlsae import devices, files
+from mlsae import costs, devices, files
 from mlsae.config import LMShape, TrainConfig
 from mlsae.errors import ConfigError, ResourceError
 from mlsae.resolving import resolve, sae_config
@@ -90,7 +90,7 @@ def test_an_sae_that_memory_cannot_hold_is_refused_with_the_largest_that_fits(mo
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(monkeypatch, tmp_path):
     """One more than are kept: the newest is written before the oldest goes."""
     small = config(out=str(tmp_path / "run"), expansion_factor=16, keep_checkpoints=3)
-    needed = 4 * devices.CHECKPOINT_BYTES * 64 * 64 * 16
+    needed = 4 * costs.CHECKPOINT_BYTES * 64 * 64 * 16
     monkeypatch.setattr(files, "free_bytes", lambda path: needed)
     devices.check_fits(small, 64, CPU)
     monkeypatch.setattr(files, "free_bytes", lambda path: needed - 1)

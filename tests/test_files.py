@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from mlsae import files, untrusted
@@ -33,6 +34,40 @@ def refuse_call(monkeypatch, name, code=errno.EIO, at=1):
         return real(*arguments, **options)
 
     monkeypatch.setattr(os, name, call)
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def tensors_of_every_kind():
+    kinds = (*files.SAFETENSORS,)
+    plain = {kind: torch.arange(5).to(getattr(torch, kind.removeprefix("torch."))) for kind in kinds}
+    odd = {
+        "scalar": torch.tensor(3),
+        "none": torch.ones(0, 3),
+        "turned": torch.randn(5, 7).T,
+        "é": torch.randn(40)[::2],
+    }
+    return {**plain, **odd}
+
+
+@pytest.mark.parametrize("metadata", [None, {"sae": 'x"é\n/\x1f\x7f'}])
+@pytest.mark.parametrize("piece", [8, 24, 1 << 20])
+def test_tensors_are_written_as_their_library_writes_them(tmp_path, monkeypatch, metadata, piece):
+    """Byte for byte, however small the pieces in which they go to the disk."""
+    monkeypatch.setattr(files, "PIECE_BYTES", piece)
+    tensors = tensors_of_every_kind()
+    files.save_tensors(tmp_path / "a", tensors, metadata)
+    wanted = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    assert (tmp_path / "a").read_bytes() == wanted
+
+
+def test_pieces_that_are_not_what_was_announced_leave_the_old_file(tmp_path):
+    files.save_tensors(tmp_path / "a", {"x": torch.ones(3)})
+    before = (tmp_path / "a").read_bytes()
+    with pytest.raises(AssertionError, match="16 bytes where 12"):
+        files.save_in_pieces(tmp_path / "a", {"x": (torch.float32, (3,))}, lambda _: [torch.ones(2)] * 2)
+    assert contents(tmp_path) == {"a": before}
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

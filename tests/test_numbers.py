@@ -468,7 +468,7 @@ def test_a_latent_silenced_in_a_run_is_dead_after_its_tokens(run, monkeypatch, b
         loud = float(self.tokens < silent_from)  # active everywhere, until it is nowhere
         values, indices = code.values.detach().where(code.indices != latent, loud), code.indices.clone()
         values[..., 0], indices[..., 0] = loud, latent
-        tick(self, dataclasses.replace(code, values=values, indices=indices), n_tokens)
+        return tick(self, dataclasses.replace(code, values=values, indices=indices), n_tokens)
 
     def updates(self):
         report = update(self)

@@ -10,10 +10,10 @@ from mlsae.config import MLSAEConfig, TrainerConfig
 from mlsae.errors import ConfigError, DataError, MlsaeError
 from mlsae.mesh import ALONE, Mesh, check_layout, open_mesh
 from mlsae.ops import reference
-from mlsae.parallel import ShardedSAE, make_sae
+from mlsae.parallel import SHARDED, ShardedSAE, make_sae
 from mlsae.sae import MLSAE
 from mlsae.trainer import Trainer
-from ranks import free_port, run_ranks
+from ranks import free_port, gathered_rows, run_ranks
 
 CPU = torch.device("cpu")
 LAYOUTS = {2: ((1, 2), (2, 1)), 4: ((2, 2), (1, 4), (4, 1))}
@@ -129,18 +129,26 @@ def test_thirty_layers_and_their_derivatives_take_two_collectives():
 
 def initial(mesh, groups):
     sae = new_sae(mesh, groups=groups, n_latents=3 * 41)
-    whole = sae.whole() if isinstance(sae, ShardedSAE) else sae
     after = torch.get_rng_state()
-    return None if whole is None else dict(whole.state_dict()), after
+    return whole_tensors(sae, mesh), after
+
+
+def whole_tensors(sae, mesh):
+    """Every tensor of an SAE, put together."""
+    tensors = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    if mesh.tp > 1:
+        rows = {name: gathered_rows(tensors[name], sae.config.groups, sae.size, mesh) for name in SHARDED}
+        tensors |= rows
+    return tensors
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_shards_begin_as_one_process_does_bit_for_bit(groups, monkeypatch):
     alone, after = initial(ALONE, groups)
     for ranks in on_layouts(2, initial, groups, layouts=[(1, 2)]).values():
-        assert all(torch.equal(ranks[0][0][name], alone[name]) for name in alone)
-        assert all(torch.equal(random, after) for _, random in ranks)
-        assert ranks[1][0] is None
+        for whole, random in ranks:
+            assert all(torch.equal(whole[name], alone[name]) for name in alone)
+            assert torch.equal(random, after)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -157,8 +165,7 @@ def learn(mesh, steps, sae_changes, trainer_changes, n_tokens=(33, 1)):
         for part, n in enumerate(n_tokens):
             trainer.accumulate(vectors(10 * step + part, n)[:, mesh.share(n)])
         reports.append(trainer.update())
-    whole = sae.whole() if isinstance(sae, ShardedSAE) else sae
-    return [report.to_dict() for report in reports], None if whole is None else dict(whole.state_dict())
+    return [report.to_dict() for report in reports], whole_tensors(sae, mesh)
 
 
 RULES = {
@@ -205,6 +212,25 @@ def test_fifty_steps_on_every_layout_are_those_of_one_process(n, rules):
     check_learning(n, rules, 50)
 
 
+def exchanges(mesh, dead):
+    """Collectives over dp, and bytes that they gave, of one micro-batch."""
+    sae = new_sae(mesh)
+    trainer = Trainer(sae, TrainerConfig(lr=1e-3, init_tokens=64, dead_after_tokens=50), mesh=mesh)
+    trainer.initialise([vectors(0, 64)])
+    trainer.quiet += 60 * dead
+    mesh.calls.clear()
+    mesh.bytes.clear()
+    trainer.accumulate(vectors(1, 8)[:, mesh.share(8)])
+    assert bool(trainer.dead().any()) == bool(dead)
+    return mesh.calls["dp"], mesh.bytes["dp"]
+
+
+def test_a_micro_batch_takes_two_sums_over_dp_and_two_more_while_latents_are_dead():
+    """Flags of 123 latents and a count; 3 squared errors; 3 means of the error, and what is left and the spread of 3 layers."""
+    for dead, wanted in ((0, (2, 4 * (124 + 3))), (1, (4, 4 * (124 + 3 + 3 * D_MODEL + 6)))):
+        assert on_layouts(2, exchanges, dead, layouts=[(2, 1)])[2, 1] == [wanted, wanted]
+
+
 def not_finite(mesh):
     """What every rank says of a step in which only the last one has a NaN, in its vectors or in its weights."""
     sae = new_sae(mesh)
@@ -236,8 +262,10 @@ def test_what_is_not_finite_on_one_rank_stops_all_of_them():
 
 def test_alone_nothing_is_exchanged_or_copied():
     x = torch.ones(2, 3, 4)
-    assert all(each is x for each in (ALONE.total(x), ALONE.largest(x), ALONE.gathered(x)[0]))
-    assert (ALONE.count(3), ALONE.share(7)) == (3, slice(0, 7))
+    assert all(each is x for each in (ALONE.total(x), ALONE.tokens_by_rank(x)[0], ALONE.gathered(x)[0]))
+    flags = torch.ones(3, dtype=torch.bool)
+    assert ALONE.union(flags, 5) == (flags, 5)
+    assert ALONE.share(7) == slice(0, 7)
     assert type(make_sae(MLSAEConfig(d_model=4, n_latents=8, k=2), ALONE)) is MLSAE
     assert not ALONE.calls
 

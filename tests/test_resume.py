@@ -70,9 +70,9 @@ def attempt(config, resume, reads, stop=None, vitals=False):
         torch.rand(1)  # a step that drew a number would go on from the same state
         return step(self)
 
-    def told_validation(loop, blocks):
-        tell(validation=loop.trainer.steps)
-        return validate(loop, blocks)
+    def told_validation(trainer, *rest):
+        tell(validation=trainer.steps)
+        return validate(trainer, *rest)
 
     def told_readings(self):
         with open(reads, "a") as file:

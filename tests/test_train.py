@@ -504,7 +504,7 @@ def test_stopped_in_a_validation_it_saves_and_validates_once_resumed(run, tmp_pa
     real, batches = module.validate, itertools.count()
     with monkeypatch.context() as patch:
 
-        def validate(loop, blocks):
+        def validate(trainer, lm, blocks, *rest):
             real_read = blocks.read
 
             def read(*arguments, **options):
@@ -512,9 +512,9 @@ def test_stopped_in_a_validation_it_saves_and_validates_once_resumed(run, tmp_pa
                     signal.raise_signal(signal.SIGTERM)
                 return real_read(*arguments, **options)
 
-            if loop.trainer.steps == 6:
+            if trainer.steps == 6:
                 patch.setattr(blocks, "read", read)
-            return real(loop, blocks)
+            return real(trainer, lm, blocks, *rest)
 
         patch.setattr(module, "validate", validate)
         with pytest.raises(Interrupted, match="stopped after step 6 of"):

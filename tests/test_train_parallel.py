@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlsae.checkpoint import RunDirectory
+from mlsae import convert, files, fingerprint, manifest, stream
+from mlsae.checkpoint import RunDirectory, export_sae
 from mlsae.config import TrainConfig
-from mlsae.errors import MlsaeError
+from mlsae.errors import MlsaeError, ResourceError
 from mlsae.mesh import open_mesh
+from mlsae.prepare import described_sae, load_lm
 from mlsae.sae import MLSAE
-from mlsae.train import Loop, load_lm, train
+from mlsae.train import Loop, train
 from mlsae.untrusted import read_json, read_jsonl
-from ranks import free_port, run_ranks
+from ranks import free_port, gathered_rows, run_ranks
 from tiny import save_tiny_lm
 
 module = importlib.import_module("mlsae.train")  # the package's own `train` is the function
@@ -157,8 +160,6 @@ def whole_state(run, places, dp=None, tp=None):
         trainer, state = loop.trainer, {}
         for name, tensor in {**trainer.sae.state_dict(), **trainer.state()}.items():
             if mesh.tp > 1 and re.search(r"W_(enc|dec)(\.exp|$)", name):
-                from mlsae.parallel import gathered_rows
-
                 tensor = gathered_rows(tensor, config.groups, config.n_latents // config.groups, mesh)
             state[name] = tensor.clone()
         return state, loop.position
@@ -174,6 +175,86 @@ def test_a_checkpoint_of_two_by_two_is_the_same_bits_on_every_layout(two_by_two,
             assert at == position
             assert state.keys() == wanted.keys()
             assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items()), (dp, tp)
+
+
+def tensors_of(sae):
+    return dict(sae.state_dict())
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_its_processes_a_run_gives_its_sae_from_a_checkpoint_of_any_layout(alone, two_by_two, tmp_path):
+    for original in (alone, two_by_two[0]):
+        run = tmp_path / original.parent.name
+        shutil.copytree(original, run)
+        wanted, last = load_file(run / "sae" / "model.safetensors"), max(run.glob("step-*"))
+        convert(last, tmp_path / f"{run.name} in one")
+        assert same_tensors(load_file(tmp_path / f"{run.name} in one" / "model.safetensors"), wanted)
+        shutil.rmtree(run / "sae")
+        assert same_tensors(tensors_of(MLSAE.from_pretrained(run)), wanted)
+        assert MLSAE.from_pretrained(run).config == MLSAE.from_pretrained(original).config
+
+
+def test_where_the_sae_is_of_an_earlier_step_the_newest_sound_checkpoint_is_read(two_by_two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two_by_two[0], run)
+    newest = tensors_of(MLSAE.from_pretrained(run))
+    before, last = sorted(run.glob("step-*"))[-2:]
+    MLSAE.from_pretrained(before).save_pretrained(run / "sae", step=45)
+    older = load_file(run / "sae" / "model.safetensors")
+    assert not same_tensors(older, newest)
+    assert same_tensors(tensors_of(MLSAE.from_pretrained(run)), newest)
+    shard = last / "sae-2-of-2.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert same_tensors(tensors_of(MLSAE.from_pretrained(run)), older)
+    with pytest.raises(ResourceError, match="failed its checksum"):
+        MLSAE.from_pretrained(last)
+
+
+def test_the_leader_writes_the_sae_a_piece_at_a_time(two_by_two, tmp_path, monkeypatch):
+    """It has no more than a piece in its hands, and what it writes is what one process would."""
+    run, largest = two_by_two[0], []
+    last, saved = max(run.glob("step-*")), fingerprint_of(run)
+    monkeypatch.setattr(manifest, "PIECE_BYTES", 10 * 16 * 4)
+    real = files._write_entries
+    monkeypatch.setattr(files, "_write_entries", lambda file, part: largest.append(len(part)) or real(file, part))
+    export_sae(last, tmp_path / "sae", {name: saved[name] for name in ("vectors", "prompt")})
+    assert max(largest) <= 16
+    assert (tmp_path / "sae" / "model.safetensors").read_bytes() == (run / "sae" / "model.safetensors").read_bytes()
+    sae = MLSAE.from_pretrained(tmp_path / "sae")
+    for name in ("shapes", "sha256"):
+        assert fingerprint.of(sae)[name] == saved[name]
+
+
+def fingerprint_of(run):
+    return MLSAE.from_pretrained(run).fingerprint
+
+
+def looked_at(config):
+    """What the first look shows on each rank, and what the rank read and hashed of it."""
+    with open_mesh(None, None, CPU) as mesh:
+        hashes, reads, sha256, read = [], [], files.sha256, stream.read
+        files.sha256 = lambda path: hashes.append(path.name) or sha256(path)
+        stream.read = lambda *asked: reads.append(asked[2].shape) or read(*asked)
+        lm = load_lm(config, CPU)
+        source = stream.Stream(config, lm, progress=False, mesh=mesh)
+        sae = MLSAE(described_sae(config, lm))
+        return [each.clone() for each in source.sample(sae)], len(reads), hashes
+
+
+def test_the_first_look_is_shared_out_and_one_process_checks_the_text(places, tmp_path, alone):
+    config = TrainConfig(**read_json(alone / "config.json"))
+    (wanted, n_reads, _), by_rank = looked_at(config), run_ranks(2, looked_at, config)
+    assert n_reads == len(wanted) > 3
+    assert sum(n for _, n, _ in by_rank) <= n_reads + 1
+    for shown, _, _ in by_rank:
+        assert len(shown) == len(wanted)
+        assert all(torch.equal(a, b) for a, b in zip(shown, wanted, strict=True))
+    assert [sorted(hashes) for *_, hashes in by_rank] == [["document_starts.bin", "tokens.bin"], []]
 
 
 def test_a_stop_asked_of_one_rank_stops_all_and_another_layout_goes_on(places, tmp_path, alone):

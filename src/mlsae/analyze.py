@@ -21,11 +21,12 @@ from mlsae.analysis.summary import headlines, nested, summarise
 from mlsae.analysis.sums import AnalysisSums, analysis_sums
 from mlsae.analysis.vocabulary import Words, words_of
 from mlsae.data import TextSource, TokenBlocks
-from mlsae.heldout import open_blocks, open_pair
+from mlsae.heldout import open_blocks, open_pair, together
 from mlsae.lm import LanguageModel
+from mlsae.mesh import ALONE, Mesh
 from mlsae.reading import read
 from mlsae.sae import MLSAE
-from mlsae.shards import TextShard, Whole, WrittenShard, work_on, write
+from mlsae.shards import TextShard, Whole, WrittenShard, check_together, work_on, write
 from mlsae.tokens import Tokenizer
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -160,6 +161,8 @@ def analyze(
 ) -> Analysis:
     """Stream text through the language model and the SAE, adding up where in depth its latents are active.
 
+    Under torchrun its processes share out the text, and each returns the same; what takes the weights alone is done by one.
+
     Args:
         tokens: tokens to read (or all there are, if fewer).
         split: part of the data; None: the held-out part of the text it was trained on, all of any other.
@@ -174,11 +177,17 @@ def analyze(
         DataError: there is no text, or none is left after masking.
     """
     started = time.monotonic()
-    sae, lm = open_pair(sae, lm)
-    activity = prompt_activity(sae, lm, prompt)  # first: a prompt that cannot be read must not cost hours
-    blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
-    sums = analysis_sums(sae, lm, blocks, tokens, nulls=nulls, examples=examples, progress=progress)
-    return _analysis(sae, lm, blocks, sums, activity, directions=directions, started=started, progress=progress)
+    reading: dict[str, Any] = {"tokens": tokens, "split": split, "context_length": context_length}
+    kept: dict[str, Any] = {"nulls": nulls, "examples": examples}
+    with together(lm) as mesh:
+        progress = progress and mesh.leads
+        pair = mesh.everywhere(lambda: open_pair(sae, lm))
+        activity = mesh.by_leader(lambda: prompt_activity(*pair, prompt))  # first: unreadable, it must not cost hours
+        blocks = mesh.leaders_first(lambda: open_blocks(*pair, data, **reading, progress=progress))
+        check_together(mesh, lambda: work_on("analyze", *pair, blocks, tokens, **kept))
+        sums = analysis_sums(*pair, blocks, tokens, **kept, mesh=mesh, progress=progress)
+        rest: dict[str, Any] = {"directions": directions, "started": started, "mesh": mesh, "progress": progress}
+        return _analysis(*pair, blocks, sums, activity, **rest)
 
 
 def analyze_shard(
@@ -253,23 +262,31 @@ def _analysis(
     *,
     directions: bool,
     started: float,
+    mesh: Mesh = ALONE,
     progress: bool,
 ) -> Analysis:
     """The sums, and what takes the weights alone."""
-    centre = sums.statistics.distribution().centre_of_mass if directions else None
+
+    def of_weights() -> tuple[Pairs | None, Words | None, float]:
+        if not directions:
+            return None, None, time.monotonic() - started
+        pairs = _pairs(sae, sums.statistics.distribution().centre_of_mass, progress=progress)
+        return pairs, words_of(sae, lm, progress=progress), time.monotonic() - started
+
+    pairs, words, seconds = mesh.by_leader(of_weights)
     return Analysis(
         layers=sae.layers,
         statistics=sums.statistics,
         nulls=sums.nulls.statistics if sums.nulls is not None else {},
         means=sums.similarity.means,
         similarity=sums.similarity,
-        pairs=None if centre is None else _pairs(sae, centre, progress=progress),
-        words=words_of(sae, lm, progress=progress) if directions else None,
+        pairs=pairs,
+        words=words,
         examples=sums.examples,
         blocks=blocks,
         prompt=activity,
         masked_by_norm=sums.over_norm.tolist(),
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         tokenizer=lm.tokenizer,
     )
 

@@ -17,9 +17,12 @@ import tyro
 
 from mlsae.commands import COMMANDS, HELP
 from mlsae.config import Config, TrainConfig, load_config
-from mlsae.errors import ConfigError, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
+from mlsae.errors import ConfigError, Interrupted, MlsaeError, ResourceError, did_you_mean, out_of_memory, printable
 from mlsae.flags import Output, Train
 from mlsae.stopping import interruptible
+
+SHARED_OUT = ("train", "evaluate", "analyze")
+"""Commands that several processes under torchrun do together."""
 
 # ---- parse, call, print ---------------------------------------------------------------------------------------------
 
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlsaeError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        if not error.elsewhere:
+        if not (error.elsewhere or (isinstance(error, Interrupted) and _rank())):
             print(f"error: {_speaker()}{printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
@@ -59,6 +62,10 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         hint = did_you_mean(arguments[0], COMMANDS) or f"; choose {', '.join(COMMANDS)}"
         raise ConfigError("command", f"unknown command '{arguments[0]}'{hint}")
+    if _n_processes() > 1 and arguments[0] not in SHARED_OUT:
+        raise ConfigError(
+            "torchrun", f"{arguments[0]} is done by one process; start it without, or {', '.join(SHARED_OUT)} with it"
+        )
     model, run = COMMANDS[arguments[0]]
     command: Any = _parse(model, arguments)
     if command is None:
@@ -84,7 +91,12 @@ def _run(arguments: list[str]) -> int:
 
 def _rank() -> int:
     """This process's number among those that torchrun started; the first one speaks for all."""
-    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+    return int(os.environ.get("RANK", "0")) if _n_processes() > 1 else 0
+
+
+def _n_processes() -> int:
+    """Processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _speaker() -> str:
@@ -239,6 +251,7 @@ def _set_up_libraries(command: Output) -> None:
         os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging
 

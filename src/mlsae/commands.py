@@ -20,6 +20,7 @@ from mlsae.flags import (
     Info,
     Merge,
     Output,
+    Plan,
     Push,
     Reproduce,
     Rows,
@@ -74,7 +75,7 @@ def run_lens(command: FitLens) -> tuple[Any, str]:
     from mlsae.reading import text_blocks
 
     files.probe_writable(Path(command.out))
-    lm = LanguageModel.from_pretrained(command.lm)
+    lm = LanguageModel.from_pretrained(command.lm, **command.lm_options())
     reading: dict[str, Any] = {"context_length": command.context_length, "progress": not command.quiet}
     rows = {name: getattr(command, name) for name in Rows.model_fields}
     held_out = text_blocks(
@@ -164,6 +165,7 @@ def run_explore(command: Explore) -> tuple[Any, str]:
         host=command.host,
         allow_remote=command.allow_remote,
         allow_hosts=command.allow_host,
+        placement=command,
         open_browser=command.open,
     )
     return explored, "closed"
@@ -185,7 +187,7 @@ def run_export(command: Export) -> tuple[Any, str]:
         return _export_neuronpedia(command)
     from mlsae.downstream.delphi import write_cache
 
-    sae, lm, data = naming.named(command)
+    sae, lm, data = naming.opened(command)
     cache = write_cache(
         sae,
         lm,
@@ -241,6 +243,14 @@ def run_push(command: Push) -> tuple[Any, str]:
     return done, f"{done.url}\ncommit {done.commit}"
 
 
+def run_plan(command: Plan) -> tuple[Any, str]:
+    """Returns the result and what to print."""
+    from mlsae.plan import plan
+
+    done = plan(command)
+    return done, str(done)
+
+
 def run_info(command: Info) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae.info import info
@@ -273,6 +283,7 @@ COMMANDS: dict[str, tuple[type[Config], Callable[[Any], tuple[Any, str]]]] = {
     "convert": (Convert, run_convert),
     "export": (Export, run_export),
     "push": (Push, run_push),
+    "plan": (Plan, run_plan),
     "info": (Info, run_info),
 }
 HELP = """usage: mlsae COMMAND ...
@@ -292,6 +303,7 @@ Train one sparse autoencoder on every layer of a language model, and see where i
   convert    an SAE from one library's files into another's
   export     activations for delphi, an analysis for Neuronpedia
   push       an SAE and its model card onto the Hugging Face Hub
+  plan       what a training run will take, before it starts
   info       what is installed, and who computes the sparse operations
 
 mlsae COMMAND --help says more. Start with: mlsae demo

@@ -14,6 +14,7 @@ from mlsae.analysis.comparison import Point, by_layer, frontier, off_layer
 from mlsae.analysis.figures import save
 from mlsae.analysis.report import number, plain
 from mlsae.config import Config, LMShape, Positive, TrainConfig
+from mlsae.costs import flops_per_token, parameters
 from mlsae.errors import ConfigError, did_you_mean
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.lockstep import Trained, of_arm, train_together
@@ -99,7 +100,7 @@ class Row:
     parameters: int
     """In all: two weights of a latent's width for each, and a bias for each dictionary."""
     flops: int
-    """Training, in all: see `flops_per_token`."""
+    """Training, in all: see `costs.flops_per_token`."""
     vectors: float
     """Residual vectors that each dictionary was trained on, masked ones included; the mean where they differ."""
     tokens: int
@@ -256,21 +257,6 @@ def _latents(match: Match, groups: int, k: int, first: TrainConfig, d_model: int
     elif match in ("flops", "vectors"):
         n_latents *= groups
     return max(1, round(n_latents / groups)) * groups
-
-
-def parameters(n_latents: int, groups: int, d_model: int) -> int:
-    """Parameters of an SAE: encoder and decoder rows, and a bias for each dictionary."""
-    return (2 * n_latents + groups) * d_model
-
-
-def flops_per_token(n_latents: int, groups: int, k: int, n_layers: int, d_model: int) -> int:
-    """Floating-point operations of training on a token, a multiply-add counting two.
-
-    At each layer the vector meets one dictionary: the dense product of the encoder, and five products with the rows of its
-    k active latents (decode, the gradients of values, decoder, encoder and bias). Left out: the language model, which all
-    arms share, AuxK, which works only while latents are dead, and the optimizer, which works once a step.
-    """
-    return n_layers * d_model * (2 * n_latents // groups + 10 * k)
 
 
 def _rows(planned: Mapping[str, Planned], results: Sequence[Result]) -> list[Row]:

@@ -249,7 +249,22 @@ class Materials(Config):
     """Tokens to train on; past the end of the text it starts again, in a new order."""
 
 
-class TrainConfig(TrainerConfig, DictionaryFields, Materials):
+class Placement(Config):
+    """Where everything is computed: the SAE on one device, and the language model there or wherever a map puts it."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps, for all but what lm_device_map puts elsewhere; None: the first accelerator, else cpu."""
+    lm_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the language model; None: float32 on a CPU, bfloat16 on an accelerator that has it."""
+    lm_device_map: str | None = None
+    """Spread the language model: auto, balanced, balanced_low_0, sequential, a device, or a YAML file of module: device."""
+
+    def lm_options(self) -> dict[str, Any]:
+        """The same as `LanguageModel.from_pretrained` takes it."""
+        return {"device": self.device, "dtype": self.lm_dtype, "device_map": self.lm_device_map}
+
+
+class TrainConfig(TrainerConfig, DictionaryFields, Placement, Materials):
     """What `train` needs to know. A field that is None is filled in at the start and written to RUN/config.json."""
 
     expansion_factor: Annotated[float, Field(gt=0)] | None = None
@@ -286,10 +301,6 @@ class TrainConfig(TrainerConfig, DictionaryFields, Materials):
     """Seed of the initial weights and, unless data_seed says otherwise, of the data order."""
     data_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Seed of the data order; None: seed. Runs that share it read the same text in the same order."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; None: the first accelerator, else cpu."""
-    lm_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the language model; None: float32 on a CPU, bfloat16 on an accelerator that has it."""
     log_every_steps: Positive | None = None
     """Steps between lines of metrics.jsonl; None: two hundred lines a run."""
     save_every_steps: Positive | None = None

@@ -189,6 +189,7 @@ def pack(
     max_tokens: int | None = None,
     packing: Packing = "carry",
     cache: Path | None = None,
+    verify: bool = True,
     progress: bool = True,
 ) -> TokenBlocks:
     """The source's tokens in blocks, made once and kept under `cache` (None: the user's cache folder).
@@ -196,13 +197,14 @@ def pack(
     Args:
         max_tokens: blocks enough for this many tokens, BOS included; the text is read no further. None: all of it.
         packing: `carry` carries remainders on; `groups` packs every 1,024 documents alone and drops the remainder.
+        verify: read what was kept once, to see that it is whole; not where another process of this machine just did.
 
     Raises:
         DataError: the text cannot be read, or makes less than one block.
     """
     directory = files.cache_directory() / "tokens" if cache is None else cache
     key = _key(source, tokenizer, context_length, packing)
-    if (blocks := _cached(directory / key, max_tokens)) is not None:
+    if (blocks := _cached(directory / key, max_tokens, verify=verify)) is not None:
         return blocks
     _sweep(directory)
     with files.staged_directory(directory / key) as staged:
@@ -215,12 +217,12 @@ def _key(source: TextSource, tokenizer: Tokenizer, context_length: int, packing:
     return hashlib.sha256(repr((2, source.fingerprint(), tokenized, context_length, packing)).encode()).hexdigest()
 
 
-def _cached(folder: Path, max_tokens: int | None) -> TokenBlocks | None:
+def _cached(folder: Path, max_tokens: int | None, *, verify: bool) -> TokenBlocks | None:
     """The blocks in a cache folder, if it is whole and they are enough."""
     if not folder.exists():
         return None
     try:
-        blocks = TokenBlocks.open(folder, max_tokens)
+        blocks = TokenBlocks.open(folder, max_tokens, verify=verify)
     except (ResourceError, TypeError, ValueError, OSError) as error:  # damaged, or not ours
         log.warning("%s (it is made again)", error)
         return None

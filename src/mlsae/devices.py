@@ -2,25 +2,24 @@
 
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from mlsae import files
+from mlsae import costs, files, untrusted
 from mlsae.config import TrainConfig
 from mlsae.errors import ConfigError, ResourceError
 from mlsae.recipes import PrecisionName
 
-TRAINING_BYTES = 32
-"""Bytes of training state for each entry of one weight matrix: two matrices, each with gradient and two moments, in float32."""
-CHECKPOINT_BYTES = 24
-"""Bytes on disk for the same: two matrices, each with two moments."""
-LENS_BYTES = 4
-"""Bytes of each entry of a tuned lens, which is not trained: in memory, and in every checkpoint."""
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways to spread a language model over what memory there is; transformers and accelerate say what they are."""
+LMPlacement = torch.device | str | dict[str, str]
+"""Where a language model is: on one device, spread in one of SPREADS, or by module."""
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None, field: str = "device") -> torch.device:
     """The named device, or the first accelerator, or the CPU. Raises ConfigError if it is not there."""
     if name is None:
         found = torch.accelerator.current_accelerator(check_available=True)
@@ -31,7 +30,7 @@ def choose_device(name: str | None) -> torch.device:
             raise RuntimeError(f"no {device.type} here")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", f"'{name}' is not here; this machine has {', '.join(devices())}") from error
+        raise ConfigError(field, f"'{name}' is not here; this machine has {', '.join(devices())}") from error
     return device
 
 
@@ -70,12 +69,61 @@ def lm_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def lm_placement(given: str | Mapping[str, str | int] | None, device: torch.device) -> LMPlacement:
+    """Where a language model goes: one device (None: this one), a way to spread it out, or modules and their devices.
+
+    Args:
+        given: one of SPREADS, the name of a device, a YAML or JSON file of `module: device`, or such a mapping; its
+            devices may also be numbers of GPUs, and `disk`: read from the file whenever they are computed.
+
+    Raises ConfigError for what is none of these, a device that is not here, or a map without the package accelerate.
+    """
+    if given is None:
+        return device
+    if isinstance(given, str) and given not in SPREADS and not Path(given).is_file():
+        if Path(given).suffix in (".yaml", ".yml", ".json"):
+            raise ConfigError("lm_device_map", f"there is no file '{given}'; write one 'module: device' a line")
+        return choose_device(given, "lm_device_map")
+    if find_spec("accelerate") is None:
+        raise ConfigError("lm_device_map", "needs the package accelerate; pip install 'mlsae[device-map]'")
+    if isinstance(given, str) and given in SPREADS:
+        if (n := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+            raise ConfigError(
+                "lm_device_map",
+                f"'{given}' given to {n} processes, each of which would fill all devices of this machine; "
+                "start one process a machine, or leave it out",
+            )
+        return given
+    found = untrusted.read_yaml(Path(given)) if isinstance(given, str) else given
+    if not found:
+        raise ConfigError("lm_device_map", "empty; write one 'module: device' a line")
+    return {str(module): _mapped_device(module, where) for module, where in found.items()}
+
+
+def _mapped_device(module: str, where: str | int) -> str:
+    """A device as maps name it."""
+    if isinstance(where, bool) or not isinstance(where, str | int):
+        raise ConfigError("lm_device_map", f"{where!r} given for '{module}'; name a device, cpu or disk")
+    named = f"cuda:{where}" if isinstance(where, int) else where
+    return named if named == "disk" else str(choose_device(named, "lm_device_map"))
+
+
+def lm_device(placement: LMPlacement) -> torch.device:
+    """The device that computes a language model: of several the first accelerator, which also decides its precision."""
+    if isinstance(placement, torch.device):
+        return placement
+    if isinstance(placement, str):
+        return choose_device(None)
+    computing = [name for name in placement.values() if name not in ("cpu", "disk")]
+    return torch.device(computing[0] if computing else "cpu")
+
+
 def check_fits(config: TrainConfig, d_model: int, device: torch.device, shared: float = 1.0) -> None:
     """Refuse an SAE that memory or the output's disk cannot hold; `shared` is the device's part of the latents."""
     needed, free = _training_bytes(config, d_model, shared), free_memory(device)
     if needed > free:
         left = max(0, free - _lens_bytes(config, d_model)) / shared
-        largest = int(left / TRAINING_BYTES / d_model**2 / config.groups)
+        largest = int(left / costs.TRAINING_BYTES / d_model**2 / config.groups)
         raise ConfigError(
             "expansion_factor",
             f"needs about {needed / 1e9:.1f} GB ({_held(config)}); {free / 1e9:.1f} GB free; "
@@ -113,18 +161,17 @@ def check_fit_together(configs: Sequence[TrainConfig], d_model: int, device: tor
 
 
 def _training_bytes(config: TrainConfig, d_model: int, shared: float = 1.0) -> int:
-    return int(TRAINING_BYTES * (config.n_latents or 0) * d_model * shared) + _lens_bytes(config, d_model)
+    return costs.state_bytes(config.n_latents or 0, d_model, shared) + _lens_bytes(config, d_model)
 
 
 def _checkpoints_bytes(config: TrainConfig, d_model: int) -> int:
     """Of as many as there are at once: the newest is written before the oldest goes."""
-    one = CHECKPOINT_BYTES * (config.n_latents or 0) * d_model + _lens_bytes(config, d_model)
+    one = costs.CHECKPOINT_BYTES * (config.n_latents or 0) * d_model + _lens_bytes(config, d_model)
     return one * (config.keep_checkpoints + 1)
 
 
 def _lens_bytes(config: TrainConfig, d_model: int) -> int:
-    """A matrix and a bias for each layer."""
-    return 0 if config.lens is None else LENS_BYTES * len(config.layers or ()) * d_model * (d_model + 1)
+    return 0 if config.lens is None else costs.lens_bytes(len(config.layers or ()), d_model)
 
 
 def _held(config: TrainConfig) -> str:

@@ -13,13 +13,24 @@ from torch import Tensor
 
 from mlsae.data import TextSource, TokenBlocks
 from mlsae.errors import DataError
-from mlsae.heldout import open_blocks, open_pair, text_batches
+from mlsae.heldout import open_blocks, open_pair, text_batches, together
 from mlsae.intervals import N_SHARDS, Estimate, jackknife, shard_of, with_interval
 from mlsae.lm import LanguageModel
 from mlsae.metrics import ReconstructionSums, cross_entropy, kl_divergence
 from mlsae.reading import Reading, read
 from mlsae.sae import MLSAE
-from mlsae.shards import SUMS, TextShard, Whole, WrittenShard, load_sums, save_sums, work_on, write
+from mlsae.shards import (
+    SUMS,
+    TextShard,
+    Whole,
+    WrittenShard,
+    added_up,
+    check_together,
+    load_sums,
+    save_sums,
+    work_on,
+    write,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruction and downstream quality of `sae` on text.
 
+    Under torchrun its processes share out the text, and each returns the same.
+
     Args:
         tokens: tokens to read (or all there are, if fewer).
         splice_tokens: of these, how many also measure cross-entropy and KL, which costs half a pass a layer; None: all.
@@ -87,10 +100,17 @@ def evaluate(
         DataError: there is no text, or none is left after masking.
     """
     started = time.monotonic()
-    sae, lm = open_pair(sae, lm)
-    blocks = open_blocks(sae, lm, data, tokens=tokens, split=split, context_length=context_length, progress=progress)
-    sums = evaluation_sums(sae, lm, blocks, tokens, splice_tokens, progress=progress)
-    return sums.evaluation(sae, time.monotonic() - started)
+    reading: dict[str, Any] = {"tokens": tokens, "split": split, "context_length": context_length}
+    with together(lm) as mesh:
+        part, progress = TextShard.of_rank(mesh), progress and mesh.leads
+        pair = mesh.everywhere(lambda: open_pair(sae, lm))
+        blocks = mesh.leaders_first(lambda: open_blocks(*pair, data, **reading, progress=progress))
+        check_together(mesh, lambda: work_on("evaluate", *pair, blocks, tokens, splice_tokens=splice_tokens))
+        mine = mesh.everywhere(
+            lambda: evaluation_sums(*pair, blocks, tokens, splice_tokens, shard=part, progress=progress)
+        )
+        sums = added_up(mesh, mine)
+        return mesh.by_leader(lambda: sums.evaluation(pair[0], time.monotonic() - started))
 
 
 def evaluate_shard(
@@ -215,8 +235,8 @@ class EvaluationSums:
         self.n_positions += shard.flatten().bincount(minlength=N_SHARDS)
         self.n_sequences += len(tokens)
 
-    def merge(self, other: "EvaluationSums") -> None:
-        """Add the tokens of another pass."""
+    def merge(self, other: "EvaluationSums") -> "EvaluationSums":
+        """Add the tokens of another pass, in place."""
         self.reconstruction.merge(other.reconstruction)
         if self.lensed is not None and other.lensed is not None:
             self.lensed.merge(other.lensed)
@@ -224,6 +244,7 @@ class EvaluationSums:
         for name in ("over_norm", "losses", "kl", "kl_reversed", "n_predicted", "n_positions"):
             getattr(self, name).add_(getattr(other, name))
         self.n_sequences += other.n_sequences
+        return self
 
     def _compare(self, row: int, clean: Tensor, logits: Tensor, tokens: Tensor, shard: Tensor) -> None:
         """Add one splice: `clean` are the untouched model's log-probabilities, `logits` the spliced one's."""

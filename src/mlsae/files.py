@@ -9,24 +9,40 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlsae.errors import ResourceError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PAUSES = (1, 2, 4)
 """Seconds between attempts to write to a full disk."""
+PIECE_BYTES = 16 << 20
+"""Of a tensor, what is copied at a time on its way to the disk."""
+SAFETENSORS = {
+    "torch.int64": "I64",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.int32": "I32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+"""The format's name of each type, in the order in which tensors stand in a file."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -89,10 +105,45 @@ def finite(value: Any) -> Any:
 
 
 def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """Replace `path` by a safetensors file, durably."""
-    from safetensors.torch import save
+    """Replace `path` by a safetensors file, durably, without a copy of the tensors in memory."""
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    save_in_pieces(path, kinds, lambda name: [tensors[name]], metadata)
 
-    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+def save_in_pieces(
+    path: Path,
+    kinds: "Mapping[str, tuple[dtype, tuple[int, ...]]]",
+    pieces: "Callable[[str], Iterable[Tensor]]",
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """The same of tensors that are not there whole: `pieces(name)` gives the entries of one in order, some at a time.
+
+    Byte by byte what the safetensors library writes: eight bytes of length, a JSON header, and the tensors, wide types first.
+    """
+    order = sorted(kinds, key=lambda name: (list(SAFETENSORS).index(str(kinds[name][0])), name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        kind, shape = kinds[name]
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": SAFETENSORS[str(kind)], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        written = sum(_write_entries(file, piece) for name in order for piece in pieces(name))
+        if written != end:
+            raise AssertionError(f"{path}: pieces of {written} bytes where {end} were announced")
+
+
+def _write_entries(file: BinaryIO, tensor: "Tensor") -> int:
+    """Write a tensor's bytes, and say how many they were."""
+    import torch
+
+    entries = tensor.detach().reshape(-1)
+    for part in entries.split(PIECE_BYTES // entries.itemsize) if len(entries) else ():
+        file.write(part.cpu().contiguous().view(torch.uint8).numpy())
+    return entries.nbytes
 
 
 def save_pickle(path: Path, values: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ code makes of them what the one that saved them did; on a fixed prompt, whether 
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPT = "When Mary and John went to the store, John gave a drink to Mary. Then he paid, and both of them walked home."
+HASHED_ENTRIES = 1 << 22
+"""Entries that are converted to float32 at a time."""
 N_SAMPLED = 1024
 """Numbers looked at of every weight of a language model, at least."""
 N_VECTORS = 8
@@ -65,29 +67,28 @@ class Fingerprint(Config):
 def of(sae: "MLSAE", lm: "LanguageModel | None" = None) -> dict[str, Any]:
     """The fingerprint of an SAE, as JSON values; with a language model also its `prompt`."""
     tensors = sae.weights().tensors
-    found: dict[str, Any] = {
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "sha256": {name: _sha256(tensor) for name, tensor in tensors.items()},
-        "vectors": _on_fixed_vectors(sae),
-        "prompt": None,
-    }
-    if lm is not None:
-        found["prompt"] = {"text": PROMPT, **quality(sae, _of_prompt(sae, lm, PROMPT))}
-    return finite(found)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return {"shapes": shapes, "sha256": {name: sha256([t]) for name, t in tensors.items()}, **behaviour(sae, lm)}
+
+
+def behaviour(sae: "MLSAE", lm: "LanguageModel | None" = None) -> dict[str, Any]:
+    """The part of it that says what an SAE does; of one that several processes share, all of them must ask."""
+    prompt = None if lm is None else {"text": PROMPT, **quality(sae, _of_prompt(sae, lm, PROMPT))}
+    return finite({"vectors": _on_fixed_vectors(sae), "prompt": prompt})
 
 
 def of_weights(sae: "MLSAE") -> str:
     """One hash of an SAE's config and all its weights."""
-    sha256 = {name: _sha256(tensor) for name, tensor in sae.weights().tensors.items()}
-    return json_digest({"config": sae.config.to_dict(), "sha256": sha256})
+    hashes = {name: sha256([tensor]) for name, tensor in sae.weights().tensors.items()}
+    return json_digest({"config": sae.config.to_dict(), "sha256": hashes})
 
 
 def of_lm(lm: "LanguageModel") -> str:
     """One hash of evenly spaced numbers from every weight of a language model: training or another precision changes it."""
     found = {}
-    for name, weight in lm.hf.named_parameters():
+    for name, weight in lm.weights():
         sampled = weight.detach().flatten()[:: max(1, weight.numel() // N_SAMPLED)]
-        found[name] = [str(weight.dtype), list(weight.shape), _sha256(sampled)]
+        found[name] = [str(weight.dtype), list(weight.shape), sha256([sampled])]
     return json_digest(found)
 
 
@@ -107,7 +108,7 @@ def check(sae: "MLSAE", saved: Mapping[str, Any]) -> None:
     """Refuse an SAE that is not what was saved, or that this version of the code reads otherwise, with a ModelError."""
     found = Fingerprint(**saved)
     for name, tensor in sae.weights().tensors.items():
-        if found.sha256.get(name) != _sha256(tensor):
+        if found.sha256.get(name) != sha256([tensor]):
             raise ModelError("sae", f"tensor '{name}' is not the one that was saved; get the file again")
     if (far := _far(_on_fixed_vectors(sae), found.vectors.to_dict(), TOLERANCE)) is not None:
         raise ModelError(
@@ -158,5 +159,10 @@ def _of_prompt(sae: "MLSAE", lm: "LanguageModel", text: str) -> Float[Tensor, "l
     return lm.resid(tokens, layers=sae.layers)[:, 0, 1:].to(sae.W_enc)
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+def sha256(pieces: Iterable[Tensor]) -> str:
+    """Hex SHA-256 of a tensor's entries as float32; they come in pieces, and are converted some at a time."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        for part in piece.detach().reshape(-1).split(HASHED_ENTRIES):
+            found.update(part.float().cpu().contiguous().numpy())
+    return found.hexdigest()

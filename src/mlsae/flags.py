@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from mlsae.config import Config, Layers, Materials, Positive, TrainConfig
+from mlsae.config import Config, Layers, Materials, Placement, Positive, TrainConfig
+from mlsae.estimate import PlanConfig
 from mlsae.recipes import FormatName
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -58,7 +59,7 @@ class Rows(Config):
     """Read the text, a Hub dataset row by row, only as far as `tokens` needs."""
 
 
-class Reader(Config):
+class Reader(Placement):
     """What evaluate and analyze read."""
 
     sae: Sae
@@ -127,7 +128,7 @@ class Merge(Output):
     """Text file, folder or Hub dataset; None: where the shards found it."""
 
 
-class FitLens(Output, Rows, Materials):
+class FitLens(Output, Rows, Placement, Materials):
     """Train a tuned lens, the map of each layer that best foretells what the model says, to put before an SAE."""
 
     out: str
@@ -205,7 +206,7 @@ class Compare(Output):
     """Go on with the comparison in that folder."""
 
 
-class Explore(Output):
+class Explore(Output, Placement):
     """See where each latent lives, in a browser: a page for the SAE, for any prompt and for every latent."""
 
     sae: Sae
@@ -293,6 +294,10 @@ class Push(Output):
     """The Hub's name of the text, likewise."""
     dry_run: bool = False
     """Only list what would be uploaded, and show the card; nobody is asked."""
+
+
+class Plan(Output, PlanConfig):
+    """What a training run will take: memory, disk, traffic, a bound on its speed, and what would fit. Nothing is started."""
 
 
 class Info(Output):

@@ -1,13 +1,16 @@
 """What an SAE is judged by: the text held out from its training, and that text in batches."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
 
 from mlsae.data import TextBatch, TextSource, TokenBlocks
+from mlsae.devices import choose_device
 from mlsae.lm import LanguageModel
+from mlsae.mesh import Mesh, local_device, open_mesh
 from mlsae.reading import check_pair, text_blocks
 from mlsae.reporting import bar
 from mlsae.sae import MLSAE
@@ -15,6 +18,17 @@ from mlsae.shards import TextShard
 
 BATCH_TOKENS = 2048
 """Tokens of one batch; the published code's metrics are means over batches of this many."""
+
+
+@contextlib.contextmanager
+def together(lm: LanguageModel | str | Path | None = None, *, device: str | None = None) -> Generator[Mesh]:
+    """The processes that share out a text, each with SAE and language model of its own: those of torchrun, or this one alone.
+
+    Opened before these are loaded, which then go to the process's own accelerator.
+    """
+    own = lm.device if isinstance(lm, LanguageModel) else local_device(choose_device(device))
+    with open_mesh(None, 1, own) as mesh:
+        yield mesh
 
 
 def open_pair(sae: MLSAE | str | Path, lm: LanguageModel | str | Path) -> tuple[MLSAE, LanguageModel]:
@@ -56,15 +70,17 @@ def trained_on(sae: MLSAE, data: str) -> bool:
     return sae.config.data is not None and Path(sae.config.data).resolve() == Path(data).resolve()
 
 
-def token_batches(blocks: TokenBlocks, tokens: int, *, desc: str, progress: bool) -> Iterator[Int[Tensor, "batch pos"]]:
-    """`tokens` tokens of the blocks, in a fixed shuffled order, each block once."""
-    return (batch.tokens for batch in text_batches(blocks, tokens, desc=desc, progress=progress))
+def token_batches(
+    blocks: TokenBlocks, tokens: int, *, desc: str, shard: TextShard | None = None, progress: bool
+) -> Iterator[Int[Tensor, "batch pos"]]:
+    """`tokens` tokens of the blocks, in a fixed shuffled order, each block once; or one shard of them."""
+    return (batch.tokens for batch in text_batches(blocks, tokens, desc=desc, shard=shard, progress=progress))
 
 
 def text_batches(
     blocks: TokenBlocks, tokens: int, *, desc: str, shard: TextShard | None = None, progress: bool
 ) -> Iterator[TextBatch]:
-    """The same, with their places and documents; or one shard of them."""
+    """The same, with their places and documents."""
     n_blocks = min(len(blocks), max(1, tokens // blocks.context_length))
     size = max(1, BATCH_TOKENS // blocks.context_length)
     positions = range(0, n_blocks, size)

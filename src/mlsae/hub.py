@@ -5,7 +5,7 @@ transformers never sees a config.json that was not walked first; downloads.py br
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,8 +189,29 @@ def shape_of(name: str, config: Any) -> LMShape:
     return LMShape(name=name, n_layers=n_layers, d_model=d_model, context_length=limit or None)
 
 
-def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
-    """The Hugging Face model, every weight of it from the file and every weight of the file in it."""
+def count_parameters(config: Any) -> tuple[int, int]:
+    """Of the model that a config describes: all parameters, and those of its blocks that compute on one token.
+
+    It is built of shapes alone. Of experts, which share one tensor, those are counted that a token is sent to.
+    """
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    text = config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", None)
+    n_experts = next((n for key in ("num_local_experts", "num_experts") if (n := getattr(text, key, None))), None)
+    tables = {id(layer.weight) for layer in (hf.get_input_embeddings(), hf.get_output_embeddings())}
+    used = 0
+    for name, weight in hf.named_parameters():
+        if id(weight) not in tables:
+            routed = ".experts." in name and chosen and n_experts
+            used += weight.numel() * chosen // n_experts if routed else weight.numel()
+    return sum(weight.numel() for weight in hf.parameters()), used
+
+
+def load_weights(
+    source: Source, config: Any, dtype: str | torch.dtype, device_map: str | Mapping[str, str | int] | None = None
+) -> Any:
+    """The Hugging Face model, every weight of it from the file and every weight of the file in it; None: on the CPU."""
     name = printable(source.name)
     _check_index(source, whole=True)
     _check_weights(source, shape_of(source.name, config))
@@ -206,6 +227,7 @@ def load_weights(source: Source, config: Any, dtype: str | torch.dtype) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map if device_map is None or isinstance(device_map, str) else dict(device_map),
         )
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None):

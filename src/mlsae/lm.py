@@ -7,7 +7,7 @@ returned, replacing a layer changes it, and a block that need not be computed pa
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,25 @@ class LanguageModel:
     The Hugging Face model is put into eval mode and its parameters no longer ask for gradients.
     """
 
-    def __init__(self, hf_model: Any, tokenizer: Any, *, name: str | None = None, revision: str | None = None):
-        """Wrap Hugging Face objects, or our Tokenizer. Raises ModelError if the model fails its self-check."""
+    def __init__(
+        self,
+        hf_model: Any,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        device: torch.device | None = None,
+    ):
+        """Wrap Hugging Face objects, or our Tokenizer. Raises ModelError if the model fails its self-check.
+
+        Args:
+            device: where tokens are taken and tensors given, if the model's weights are elsewhere or in several places.
+        """
         self.hf = hf_model.eval().requires_grad_(False)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+        self.spread = getattr(hf_model, "hf_device_map", None) is not None
+        """Whether its blocks are in several places, or read from the disk as they are needed."""
+        self._device = device
         self.name = name or hf_model.name_or_path or type(hf_model).__name__
         self.revision = revision or getattr(hf_model.config, "_commit_hash", None)
         self.shape = hub.shape_of(self.name, hf_model.config)
@@ -51,6 +66,7 @@ class LanguageModel:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        device_map: str | Mapping[str, str | int] | None = None,
         revision: str | None = None,
         separator_token: str | None = None,
     ) -> "LanguageModel":
@@ -59,34 +75,58 @@ class LanguageModel:
         Args:
             device: None is the first accelerator, else the CPU.
             dtype: None is bfloat16 on a CUDA device that has it, else float32.
+            device_map: where the model's modules go, as `devices.lm_placement` takes it; None: all to `device`, where
+                tensors that the model gives are in any case.
             separator_token: the token between documents; None is the tokenizer's end of sequence.
 
         Raises:
+            ConfigError: a device that is not here.
             ModelError: the model is missing, unreachable, damaged or unsupported.
         """
+        device = device if isinstance(device, torch.device) else devices.choose_device(device)
+        placement = devices.lm_placement(device_map, device)
+        dtype = dtype if isinstance(dtype, torch.dtype) else devices.lm_dtype(dtype, devices.lm_device(placement))
         source = hub.locate(str(id_or_dir), revision, weights=True)
         config = hub.read_config(source)
         hub.shape_of(source.name, config)
-        device = device if isinstance(device, torch.device) else devices.choose_device(device)
-        dtype = dtype if isinstance(dtype, torch.dtype) else devices.lm_dtype(dtype, device)
         tokenizer = Tokenizer(hub.load_tokenizer(source, config), separator_token)
-        hf = hub.load_weights(source, config, dtype).to(device)
-        return cls(hf, tokenizer, name=source.name, revision=source.revision)
+        one = isinstance(placement, torch.device)
+        hf = hub.load_weights(source, config, dtype, None if one else placement)
+        hf = hf.to(placement) if one else hf
+        home = torch.empty(0, device=device).device  # cuda is cuda:0
+        return cls(hf, tokenizer, name=source.name, revision=source.revision, device=home)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where the tensors it returns are."""
-        return self.hf.device
+        """Where tokens are taken and the tensors it returns are: where the model is, unless it was put elsewhere."""
+        return self.hf.device if self._device is None else self._device
 
     @property
     def embedding(self) -> Float[Tensor, "{self.d_vocab} d_embed"]:
         """Row of each token at the model's input; d_embed is d_model but for a few models that project it."""
-        return self.hf.get_input_embeddings().weight
+        return self._weight(self.hf.get_input_embeddings()).to(self.device)
 
     @property
     def unembedding(self) -> Float[Tensor, "{self.d_vocab} d_embed"]:
         """Row of each token at the model's output: the same tensor as `embedding` where the two are tied."""
-        return self.hf.get_output_embeddings().weight
+        return self._weight(self.hf.get_output_embeddings()).to(self.device)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, with its name, wherever it is; those on the disk are read one at a time."""
+        tied = getattr(self.hf, "all_tied_weights_keys", None) or {}
+        for name, weight in self.hf.named_parameters():
+            if not (self.spread and name in tied):
+                owner, _, last = name.rpartition(".")
+                yield name, self._weight(self.hf.get_submodule(owner), last) if weight.is_meta else weight
+
+    def _weight(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """A parameter, read from where accelerate keeps it, if that is where it is."""
+        if not getattr(module, name).is_meta:
+            return getattr(module, name)
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            return getattr(module, name).detach()
 
     def tokenize(self, text: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids of prompts, shorter ones padded on the right, on the model's device."""
@@ -136,9 +176,9 @@ class LanguageModel:
             check_layers(tuple(replace), self.shape)
         if last is not None and not 1 <= last <= tokens.shape[1]:
             raise ConfigError("last", f"{last}; give 1 to {tokens.shape[1]}, the positions that there are")
-        edits = {layer: _replace_by(fn, layer) for layer, fn in (replace or {}).items()}
+        edits = {layer: _replace_by(fn, layer, self.device) for layer, fn in (replace or {}).items()}
         keep = {"logits_to_keep": last} if last is not None and self._can_keep else {}
-        logits = self._run(self.hf, tokens, edits, **keep).logits
+        logits = self._logits(tokens, edits, **keep)
         return logits if last is None else logits[:, -last:]
 
     def run_from(
@@ -148,7 +188,7 @@ class LanguageModel:
         check_layers((layer,), self.shape)
         _check_shape(resid, (*tokens.shape, self.d_model), layer)
         edits: dict[int, Edit] = dict.fromkeys(range(layer), _pass_through)
-        return self._run(self.hf, tokens, edits | {layer: lambda run, flowing: resid.to(flowing)}).logits
+        return self._logits(tokens, edits | {layer: lambda run, flowing: resid.to(flowing)})
 
     def unembed(self, resid: Float[Tensor, "batch pos {self.d_model}"]) -> Float[Tensor, "batch pos {self.d_vocab}"]:
         """Logits that the final norm and the unembedding make of the last block's output; differentiable in `resid`.
@@ -158,7 +198,7 @@ class LanguageModel:
         tokens = torch.zeros(resid.shape[:2], dtype=torch.int64, device=self.device)
         edits: dict[int, Edit] = dict.fromkeys(range(self.n_layers), _pass_through)
         edits[self.n_layers - 1] = lambda run, flowing: resid.to(flowing)
-        return self._pass(self.hf, tokens, edits).logits
+        return self._pass(self.hf, tokens, edits).logits.to(self.device)
 
     @torch.no_grad()
     def logits_along(self, directions: Float[Tensor, "row {self.d_model}"]) -> Float[Tensor, "row {self.d_vocab}"]:
@@ -174,6 +214,10 @@ class LanguageModel:
     def _run(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit], **more: Any) -> Any:
         """`_pass`, without gradient."""
         return self._pass(module, tokens, edits, **more)
+
+    def _logits(self, tokens: Tensor, edits: Mapping[int, Edit], **more: Any) -> Tensor:
+        """Those of `_run`, from wherever the head is."""
+        return self._run(self.hf, tokens, edits, **more).logits.to(self.device)
 
     def save_random_twin(self, folder: str | Path, seed: int = 0) -> None:
         """Write a model of the same architecture and tokenizer whose weights were never trained: a null for any finding.
@@ -225,7 +269,7 @@ class LanguageModel:
         """Block l puts out one vector per token, blind to later tokens, and block l+1 takes it. Returns the logits."""
         inputs: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
-        clean = self._run(self.hf, tokens, {i: _watch(i, inputs, outputs) for i in range(self.n_layers)}).logits
+        clean = self._logits(tokens, {i: _watch(i, inputs, outputs) for i in range(self.n_layers)})
         for layer in range(self.n_layers):
             out = outputs[layer]
             if out.shape != (*tokens.shape, self.d_model):
@@ -252,9 +296,14 @@ class LanguageModel:
             return
         difference = ((got - want).abs().max() / want.abs().max()).item()
         # Sums of a mixture of experts come in any order on an accelerator, so bits are promised on the CPU only.
-        tolerance = 0 if exactly and self.device.type == "cpu" else max(1e-4, 4 * torch.finfo(want.dtype).eps)
+        tolerance = 0 if exactly and self._on_cpu() else max(1e-4, 4 * torch.finfo(want.dtype).eps)
         if not difference <= tolerance:  # NaN fails too
             raise self._unfit(f"{complaint} (relative difference {difference:.1e})")
+
+    def _on_cpu(self) -> bool:
+        """Whether all is computed there."""
+        placed = {str(where) for where in getattr(self.hf, "hf_device_map", {}).values()}
+        return self.device.type == "cpu" and self.hf.device.type in ("cpu", "meta") and placed <= {"cpu", "disk"}
 
     def _unfit(self, complaint: str) -> ModelError:
         return ModelError("model", f"'{printable(self.name)}' ({type(self.hf).__name__}) {complaint}; {hub.SUPPORTED}")
@@ -324,10 +373,10 @@ def _keep_in(row: Tensor) -> Edit:
     return edit
 
 
-def _replace_by(fn: Callable[[Tensor], Tensor], layer: int) -> Edit:
+def _replace_by(fn: Callable[[Tensor], Tensor], layer: int, device: torch.device) -> Edit:
     def edit(run: Callable[[], Tensor], flowing: Tensor) -> Tensor:
         resid = run()
-        replacement = fn(resid.float())
+        replacement = fn(resid.to(device, torch.float32))
         _check_shape(replacement, tuple(resid.shape), layer)
         return replacement.to(resid)
 

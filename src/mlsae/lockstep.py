@@ -14,9 +14,10 @@ from mlsae.checkpoint import RunDirectory
 from mlsae.config import LMShape, TrainConfig
 from mlsae.errors import ConfigError, Interrupted, MlsaeError, ResourceError
 from mlsae.lm import LanguageModel, read_shape
+from mlsae.prepare import load_lm, prepared
 from mlsae.stopping import StopFlag
 from mlsae.stream import READ_ALIKE, Stream
-from mlsae.train import Loop, Run, load_lm, prepared
+from mlsae.train import Loop, Run
 
 
 @dataclass(frozen=True)

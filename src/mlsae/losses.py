@@ -72,12 +72,13 @@ def aux_residual(
         return resid.new_zeros(())
     error = error.detach()
     mean = mesh.token_mean(error, _tokens(resid, n_tokens))
-    spread = mesh.total((error - mean).square().sum((1, 2)))
+    spread = (error - mean).square().sum((1, 2))
     if isinstance(sae, ShardedSAE):
         left = _left_sharded(sae, resid, code, error, dead, k_aux, impl)
     else:
         left = joined([_left(sae, resid, code, error, dead, k_aux, part, impl) for part in sae.parts(code.rows)])
-    return (mesh.total(left) / spread.where(spread > 0, torch.inf)).mean()  # a single token has no spread
+    left, spread = mesh.total(torch.stack([left, spread.to(left)]))
+    return (left / spread.where(spread > 0, torch.inf)).mean()  # a single token has no spread
 
 
 def _left_sharded(
@@ -134,7 +135,7 @@ def aux_framed(
     else:
         guess = joined([_guess(sae, resid, code, dead, k_aux, part, impl) for part in sae.parts(code.rows)])
     spread = error - error.mean(2, keepdim=True)
-    return (mesh.mean_square(error - guess) / mesh.mean_square(spread)).nan_to_num(0.0)
+    return mesh.ratio(error - guess, spread).nan_to_num(0.0)
 
 
 def _guess(

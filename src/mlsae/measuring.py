@@ -1,4 +1,7 @@
-"""What evaluate, analyze and merge do: measure an SAE, whole or a part of the work, and write what was found."""
+"""What evaluate, analyze and merge do: measure an SAE, whole or a part of the work, and write what was found.
+
+Of torchrun's processes all measure, and the leader alone looks, writes and prints.
+"""
 
 import shlex
 from pathlib import Path
@@ -13,21 +16,39 @@ def run_evaluate(command: Evaluate) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae import files
     from mlsae.evaluate import evaluate, evaluate_shard
-    from mlsae.shards import TextShard
+    from mlsae.heldout import together
 
-    shard = None if command.shard is None else TextShard.parse(command.shard)
     out = naming.run_directory(command.sae) if command.out is None else Path(command.out)
-    if out is not None:
-        files.probe_writable(out)
     given: dict[str, Any] = {name: getattr(command, name) for name in ("tokens", "splice_tokens", "context_length")}
     given["progress"] = not command.quiet
-    if shard is None:
-        return _written_evaluation(command, evaluate(*naming.named(command), **given), out)
+    with together(device=command.device) as mesh:
+
+        def check() -> Any:
+            shard = _shard_asked(command, mesh)
+            if out is not None:
+                files.probe_writable(out)
+            return shard
+
+        shard = mesh.by_leader(check)
+        if shard is None:
+            found = evaluate(*mesh.everywhere(lambda: naming.opened(command)), **given)
+            return mesh.everywhere(lambda: _written_evaluation(command, found, out) if mesh.leads else (found, ""))
     if out is None:
         raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
-    sae, lm, data = naming.named(command)
+    sae, lm, data = naming.opened(command)
     asked = naming.asked(command, lm, data)
     return _shard_written(evaluate_shard(sae, lm, data, out, shard, **given, asked=asked), out)
+
+
+def _shard_asked(command: Evaluate | Analyze, mesh: Any) -> Any:
+    """The part that the command is told to do; None: all of it."""
+    from mlsae.shards import TextShard
+
+    if command.shard is None:
+        return None
+    if not mesh.alone:
+        raise ConfigError("shard", f"'{command.shard}' given; under torchrun the processes share out all: leave it out")
+    return TextShard.parse(command.shard)
 
 
 def _written_evaluation(command: Evaluate, evaluation: Any, out: Path | None) -> tuple[Any, str]:
@@ -48,15 +69,10 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
     """Returns the result and what to print."""
     from mlsae import files
     from mlsae.analyze import PROMPT, analyze, analyze_shard
-    from mlsae.shards import TextShard
+    from mlsae.heldout import together
 
-    shard = None if command.shard is None else TextShard.parse(command.shard)
     run = naming.run_directory(command.sae)
-    if command.out is None and run is None:
-        raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
     out = Path(command.out) if command.out is not None else Path(command.sae) / "analysis"
-    files.probe_writable(out)
-    known = {} if run is None else naming.known_of(run)  # before the work: what cannot be read must not cost it
     given: dict[str, Any] = {
         "tokens": command.tokens,
         "context_length": command.context_length,
@@ -66,9 +82,20 @@ def run_analyze(command: Analyze) -> tuple[Any, str]:
         "examples": command.examples,
         "progress": not command.quiet,
     }
-    if shard is None:
-        return _written_analysis(command, analyze(*naming.named(command), **given), out, known)
-    sae, lm, data = naming.named(command)
+    with together(device=command.device) as mesh:
+
+        def check() -> tuple[Any, dict[str, Any]]:
+            shard = _shard_asked(command, mesh)
+            if command.out is None and run is None:
+                raise ConfigError("out", f"'{command.sae}' is not a run directory; give --out")
+            files.probe_writable(out)
+            return shard, {} if run is None else naming.known_of(run)  # what cannot be read must not cost the work
+
+        shard, known = mesh.by_leader(check)
+        if shard is None:
+            found = analyze(*mesh.everywhere(lambda: naming.opened(command)), **given)
+            return mesh.everywhere(lambda: _written_analysis(command, found, out, known) if mesh.leads else (found, ""))
+    sae, lm, data = naming.opened(command)
     asked = naming.asked(command, lm, data)
     return _shard_written(analyze_shard(sae, lm, data, out, shard, **given, asked=asked), out)
 
@@ -124,7 +151,7 @@ def _merge_analysis(command: Merge, place: Path) -> tuple[Any, str]:
     asked = Analyze(**naming.asked_anew(command, whole.asked))
     run = naming.run_directory(asked.sae)
     known = {} if run is None else naming.known_of(run)
-    analysis = merge_analysis(whole, *naming.named(asked), progress=not command.quiet)
+    analysis = merge_analysis(whole, *naming.opened(asked), progress=not command.quiet)
     return _written_analysis(asked, analysis, place, known)
 
 

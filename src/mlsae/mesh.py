@@ -8,6 +8,7 @@ loss, the whole job's, and gradients of what ranks share are added up once, befo
 """
 
 import contextlib
+import itertools
 import logging
 import os
 from collections import Counter
@@ -29,6 +30,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
 """How long a rank waits for another that lives: tokenizing a large text is done by one while the others wait."""
 
+TURN = timedelta(seconds=1)
+"""How long a rank waits for another before it looks whether a signal came, and waits on."""
+
 log = logging.getLogger("mlsae")
 
 
@@ -43,6 +47,8 @@ class Mesh:
         self.device = torch.device("cpu") if device is None else device
         self.calls: Counter[str] = Counter()
         """Collectives so far, by the group they went through."""
+        self.bytes: Counter[str] = Counter()
+        """Of the tensors that this rank handed to them, by the same."""
         self._groups: dict[str, Any] = {}
         if not self.alone:
             grid = dist.init_device_mesh(self.device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
@@ -68,17 +74,18 @@ class Mesh:
         """The sum over the ranks of an axis; its derivative is that of this rank's own part."""
         return tensor if self._size(axis) == 1 else _Total.apply(self, tensor, axis)
 
-    def count(self, n: int) -> int:
-        """The sum of a number over dp."""
-        return n if self.dp == 1 else int(self._reduced(torch.tensor(n, device=self.device), "dp"))
-
     def token_mean(self, x: Float[Tensor, "layer token d_model"], n_tokens: int) -> Float[Tensor, "layer 1 d_model"]:
         """The mean over the tokens of all dp ranks, which are n_tokens."""
         return x.mean(1, keepdim=True) if self.dp == 1 else self.total(x.sum(1, keepdim=True)) / n_tokens
 
-    def mean_square(self, x: Float[Tensor, "layer token d_model"]) -> Float[Tensor, ""]:
-        """The mean of the squares of all entries, or their sum over all dp ranks: for ratios, in which numbers cancel."""
-        return x.square().mean() if self.dp == 1 else self.total(x.square().sum())
+    def ratio(
+        self, x: Float[Tensor, "layer token d_model"], y: Float[Tensor, "layer token d_model"]
+    ) -> Float[Tensor, ""]:
+        """The mean square of x over that of y, on all dp ranks."""
+        if self.dp == 1:
+            return x.square().mean() / y.square().mean()
+        above, below = self.total(torch.stack([x.square().sum(), y.square().sum()]))
+        return above / below
 
     def scalar_variance(self, x: Float[Tensor, "layer token d_model"], n_tokens: int) -> Float[Tensor, " layer"]:
         """The variance of all the scalars of each layer, on all dp ranks."""
@@ -88,13 +95,13 @@ class Mesh:
         mean = self.total(x.sum((1, 2))) / n
         return self.total((x - mean[:, None, None]).square().sum((1, 2))) / (n - 1)
 
-    def union(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Flags that are set on any dp rank."""
-        return flags if self.dp == 1 else self._reduced(flags.to(torch.int32), "dp", dist.ReduceOp.MAX).bool()
-
-    def largest(self, tensor: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
-        """The largest entries over dp."""
-        return tensor if self.dp == 1 else self._reduced(tensor, "dp", dist.ReduceOp.MAX)
+    def union(self, flags: Bool[Tensor, " n"], n_tokens: int) -> tuple[Bool[Tensor, " n"], int]:
+        """Flags that are set on any dp rank, and the tokens of all of them."""
+        if self.dp == 1:
+            return flags, n_tokens
+        numbers = torch.cat([flags.to(torch.int32), torch.tensor([n_tokens], dtype=torch.int32, device=flags.device)])
+        total = self._reduced(numbers, "dp")
+        return total[:-1] > 0, int(total[-1])
 
     def sum_gradients(self, sharded: list[Tensor], whole: Tensor) -> None:
         """Add up, in place, the gradients of weights whose rows are sharded over tp, and of the one that every rank has."""
@@ -117,17 +124,17 @@ class Mesh:
             return [tensor]
         tensor = tensor.detach().contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self._size(axis))]
-        self._call(axis, lambda: dist.all_gather(parts, tensor, group=self._groups[axis]))
+        self._call(axis, lambda: dist.all_gather(parts, tensor, group=self._groups[axis]), tensor.nbytes)
         return parts
 
-    def pooled_tokens(self, x: Float[Tensor, "layer token"]) -> Float[Tensor, "layer all_tokens"]:
-        """The tokens of every dp rank, in the order of ranks."""
+    def tokens_by_rank(self, x: Shaped[Tensor, "layer token *rest"]) -> list[Tensor]:
+        """The tokens of every dp rank."""
         if self.dp == 1:
-            return x
+            return [x]
         counts = [int(n) for n in self.gathered(torch.tensor(x.shape[1], device=self.device), "dp")]
-        padded = torch.nn.functional.pad(x.to(self.device), (0, max(counts) - x.shape[1]))
-        parts = self.gathered(padded, "dp")
-        return torch.cat([part[:, :n] for part, n in zip(parts, counts, strict=True)], 1).to(x.device)
+        missing = (0, 0) * (x.ndim - 2) + (0, max(counts) - x.shape[1])
+        parts = self.gathered(torch.nn.functional.pad(x.to(self.device), missing), "dp")
+        return [part[:, :n].to(x.device) for part, n in zip(parts, counts, strict=True)]
 
     # ---- agreement ---------------------------------------------------------------------------------------------------
 
@@ -135,13 +142,16 @@ class Mesh:
         """Whether it is so on any rank: the same answer on all, so that all do the same."""
         if self.alone:
             return flag
-        return bool(self._reduced(torch.tensor(int(flag), device=self.device), "all", dist.ReduceOp.MAX))
+        answer = torch.tensor(int(flag))  # in memory, whatever the device: a rank may wait long, and is to hear signals
+        self._all_reduce(answer, "all", dist.ReduceOp.MAX)
+        return bool(answer)
 
     def by_leader(self, work: Callable[[], T]) -> T:
         """What the leader's work gives, on every rank; its error, too."""
         if self.alone:
             return work()
         value, error = _outcome(work) if self.leads else (None, None)
+        self.any(False)  # where the others wait for it
         answer: list[Any] = [(value, _told(error))]
         self._call("all", lambda: dist.broadcast_object_list(answer, src=0))
         if error is not None:
@@ -152,31 +162,49 @@ class Mesh:
         return value
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """Done by every rank, and an error of any of them is everyone's."""
+        """Done by every rank, and an error of any of them is everyone's; of several, the first rank says its own."""
         if self.alone:
             return work()
         value, error = _outcome(work)
         if not self.any(error is not None):
             return value
-        told: list[Any] = [None] * (self.dp * self.tp)
-        self._call("all", lambda: dist.all_gather_object(told, _told(error)))
-        if error is not None:
-            raise error
-        return _raise_elsewhere(next(each for each in told if each is not None))
+        told = self.of_all(_told(error))
+        first, problem = next((rank, each) for rank, each in enumerate(told) if each is not None)
+        if error is None:
+            _raise_elsewhere(problem)
+        error.elsewhere = first != self.rank
+        raise error
 
-    def leaders_first(self, work: Callable[[], T]) -> T:
-        """Done by one process of every machine, and then, when a cache holds what it made, by the others."""
+    def of_all(self, value: T) -> list[T]:
+        """Every rank's value, on each, in the order of ranks."""
+        found: list[Any] = [value] * (self.dp * self.tp)
+        if not self.alone:
+            self._call("all", lambda: dist.all_gather_object(found, value))
+        return found
+
+    def leaders_first(self, work: Callable[[], T], then: Callable[[], T] | None = None) -> T:
+        """Done by one process of every machine; when a cache holds what it made, the others do `then` (None: the same)."""
         if self.alone:
             return work()
+        then = work if then is None else then
         leading = os.environ.get("LOCAL_RANK", "0") == "0"
         first = self.everywhere(lambda: work() if leading else None)
-        return self.everywhere(lambda: work() if first is None else first)
+        return self.everywhere(lambda: then() if first is None else first)
 
     def same(self, tensors: Mapping[str, Tensor]) -> None:
         """Give every rank, in place, the leader's bits of tensors that all have."""
         if not self.alone:
             for tensor in tensors.values():
-                self._call("all", lambda tensor=tensor: dist.broadcast(tensor, src=0))
+                if tensor.numel():
+                    self._call("all", lambda tensor=tensor: dist.broadcast(tensor, src=0))
+
+    def hand_over(self, tensors: Mapping[str, Tensor], rank: int) -> None:
+        """Give the leader, in place, the bits that a rank has of tensors in memory that all have."""
+        if self.leads or rank == self.rank:
+            for tensor in tensors.values():
+                if tensor.numel():
+                    exchange = dist.recv if self.leads else dist.send
+                    self._call("all", lambda x=tensor, go=exchange: go(x, rank if self.leads else 0), tensor.nbytes)
 
     # ---- the one door ------------------------------------------------------------------------------------------------
 
@@ -190,24 +218,31 @@ class Mesh:
         return moved.to(home)
 
     def _all_reduce(self, tensor: Tensor, axis: str, op: Any = dist.ReduceOp.SUM) -> None:
-        self._call(axis, lambda: dist.all_reduce(tensor, op=op, group=self._groups[axis]))
+        group = self._groups[axis]
+        self._call(
+            axis, lambda: _waited(dist.all_reduce(tensor, op=op, group=group, async_op=True), tensor), tensor.nbytes
+        )
 
-    def _call(self, axis: str, collective: Callable[[], Any]) -> None:
+    def _call(self, axis: str, collective: Callable[[], Any], n_bytes: int = 0) -> None:
         """Every exchange passes here: a rank that is gone is one sentence on all the others."""
         self.calls[axis] += 1
+        self.bytes[axis] += n_bytes
         try:
             collective()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1][:120]
             raise ResourceError(
                 "torchrun",
-                f"another process of this job is gone, says rank {self.rank} ({reason}); the last checkpoint stands: "
-                "look at the first error above, then run it again with --resume",
+                f"another process of this job is gone, says rank {self.rank} ({reason}); look at the first error above, "
+                "then run it again, train with --resume: its last checkpoint stands",
             ) from error
 
 
 ALONE = Mesh()
 """The mesh of one process."""
+_opened: list[Mesh] = []
+"""The mesh that is open, if one is."""
+_openings = itertools.count()
 
 
 class _Total(torch.autograd.Function):
@@ -223,27 +258,39 @@ class _Total(torch.autograd.Function):
 
 @contextlib.contextmanager
 def open_mesh(dp: int | None, tp: int | None, device: torch.device) -> Generator[Mesh]:
-    """The mesh of the processes that torchrun started, or ALONE. None: all that are left, on dp.
+    """The mesh of the processes that torchrun started, or ALONE; inside another of the same layout, that one.
 
-    Raises ConfigError if dp * tp is not their number.
+    None: all that are left, on dp. Raises ConfigError if dp * tp is not their number.
     """
     dp, tp = check_layout(dp, tp)
     if dp * tp == 1:
         yield ALONE
         return
+    if _opened:
+        if (dp, tp) != (_opened[0].dp, _opened[0].tp):
+            raise ConfigError(
+                "dp", f"{dp} with tp {tp}; processes are at work as {_opened[0].dp} with tp {_opened[0].tp}"
+            )
+        yield _opened[0]
+        return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
         store = dist.PrefixStore(
-            f"start-{_restarts()}", store
+            f"start-{_restarts()}-{next(_openings)}", store
         )  # where torchrun keeps the addresses of those that failed
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        mesh = Mesh(dp, tp, device)
     except (RuntimeError, ValueError) as error:
-        raise ResourceError("torchrun", f"the processes do not find each other ({error})") from error
-    mesh = Mesh(dp, tp, device)
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ResourceError("torchrun", f"the processes do not find each other ({reason})") from error
     if not mesh.leads:
         log.setLevel(max(log.level, logging.ERROR))  # what all see, one says
-    yield mesh
+    _opened.append(mesh)
+    try:
+        yield mesh
+    finally:
+        _opened.clear()
     dist.destroy_process_group()  # not after an error: others may be gone, or wait
 
 
@@ -287,6 +334,17 @@ def restarted() -> bool:
 
 def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _waited(work: Any, tensor: Tensor) -> None:
+    """Wait for a collective: in turns where waiting keeps the interpreter from hearing a signal."""
+    if tensor.is_cuda:
+        work.wait()
+        return
+    while not work.is_completed():
+        with contextlib.suppress(RuntimeError):  # the turn is over, or it failed: then it says so again
+            work.wait(TURN)
+    work.wait()
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, MlsaeError | None]:

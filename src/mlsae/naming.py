@@ -7,10 +7,17 @@ from mlsae.errors import ConfigError
 from mlsae.flags import Analyze, Evaluate, Export, Merge, Rows
 
 
-def named(command: Evaluate | Analyze | Export) -> tuple[Any, str, Any]:
-    """The SAE, and the language model and text that were named, or else those it was trained with."""
+def opened(command: Evaluate | Analyze | Export) -> tuple[Any, Any, Any]:
+    """The SAE, the language model and the text that were named, or else those it was trained with."""
+    from mlsae.lm import LanguageModel
+
     sae, lm, data = names(command)
-    return sae, lm, text(command, sae, data)
+    source = text(command, sae, data)
+    return (
+        sae,
+        LanguageModel.from_pretrained(lm, separator_token=sae.config.separator_token, **command.lm_options()),
+        source,
+    )
 
 
 def names(command: Evaluate | Analyze | Export) -> tuple[Any, str, str]:
@@ -45,7 +52,8 @@ def text(command: Evaluate | Analyze | Export, sae: Any, data: str) -> Any:
 
 def run_directory(sae: str) -> Path | None:
     """The run that an SAE is named by, if it is."""
-    return Path(sae) if (Path(sae) / "sae" / "config.json").is_file() else None
+    run = Path(sae)
+    return run if (run / "sae" / "config.json").is_file() or any(run.glob("step-*/manifest.json")) else None
 
 
 def asked_anew(command: Merge, asked: dict[str, Any]) -> dict[str, Any]:
@@ -56,10 +64,15 @@ def asked_anew(command: Merge, asked: dict[str, Any]) -> dict[str, Any]:
 
 def asked(command: Evaluate | Analyze, lm: Any, data: Any) -> dict[str, Any]:
     """The flags that name these three in any folder and, for what they left open, as it was found."""
-    local = {"sae": command.sae, "lm": lm, "data": data.data}
+    local = {"sae": command.sae, "lm": lm.name, "data": data.data}
     flags = {name: str(Path(x).absolute()) if Path(x).exists() else x for name, x in local.items()}
     read = {name: getattr(data, name) for name in ("split", "text_column", "skip_bad_rows", "streaming")}
-    return {**flags, **read, "context_length": command.context_length}
+    return {
+        **flags,
+        **read,
+        "context_length": command.context_length,
+        "lm_dtype": str(lm.hf.dtype).removeprefix("torch."),
+    }
 
 
 def known_of(run: Path) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class ShardedSAE(MLSAE):
         return part.group * self.size + self.share.start
 
     def of(self, part: Part, weight: Float[Tensor, "own d_model"]) -> Float[Tensor, "latent d_model"]:
-        """This rank's rows of a part's group."""
-        return weight[part.group * self.n_own : (part.group + 1) * self.n_own]
+        """This rank's rows of a part's group: all of them, and no copy of their gradient, when there is one."""
+        return weight if self.config.groups == 1 else weight[part.group * self.n_own : (part.group + 1) * self.n_own]
 
     # ---- encode ------------------------------------------------------------------------------------------------------
 
@@ -193,32 +193,6 @@ class ShardedSAE(MLSAE):
         for part in parts:
             mine = dead[self.first(part) : self.first(part) + self.n_own]
             yield mine.nonzero().flatten() + part.group * self.n_own
-
-    # ---- the whole of it -----------------------------------------------------------------------------------------------
-
-    def whole(self) -> MLSAE | None:
-        """The SAE in one piece, in the leader's memory; None elsewhere."""
-        if self.mesh.dp_rank:
-            return None
-        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
-        for name in SHARDED:
-            tensors[name] = gathered_rows(tensors[name], self.config.groups, self.size, self.mesh)
-        if not self.mesh.leads:
-            return None
-        with torch.device("meta"):
-            sae = MLSAE(self.config)
-        sae.load_state_dict(tensors, assign=True)
-        return sae.requires_grad_(False)
-
-
-def gathered_rows(
-    own: Float[Tensor, "own d_model"], groups: int, size: int, mesh: Mesh
-) -> Float[Tensor, "all d_model"]:
-    """A sharded weight in one piece."""
-    n_own, widest = len(own) // groups, -(-size // mesh.tp)
-    padded = nn.functional.pad(own.view(groups, n_own, -1), (0, 0, 0, widest - n_own))
-    parts = zip(mesh.gathered(padded), mesh.shares(size), strict=True)
-    return torch.cat([part[:, : share.stop - share.start] for part, share in parts], 1).flatten(0, 1)
 
 
 def _in_order(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

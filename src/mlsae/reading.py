@@ -93,7 +93,7 @@ def read(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"]) -> Rea
 
 def read_ahead(lm: LanguageModel, sae: MLSAE, batches: Iterable[Int[Tensor, "batch pos"]]) -> Iterator[Reading]:
     """`read` of every batch. On CUDA the next one is read, by a thread in a stream of its own, while this one is used."""
-    if lm.device.type != "cuda":
+    if lm.device.type != "cuda" or lm.spread:
         yield from (read(lm, sae, tokens) for tokens in batches)
         return
     stream, here = torch.cuda.Stream(lm.device), torch.cuda.current_stream(lm.device)

@@ -275,13 +275,15 @@ class MLSAE(nn.Module):
             )
         return [self.layers.index(layer) for layer in named]
 
-    def save_pretrained(self, directory: str | Path, *, lm: "LanguageModel | None" = None) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, lm: "LanguageModel | None" = None, step: int | None = None
+    ) -> None:
         """Write `config.json` and `model.safetensors` with a fingerprint; with `lm`, also of what it is on a fixed prompt of it.
 
-        Weights that are not finite are refused.
+        Weights that are not finite are refused. `step` says how far the run was that they are from.
         """
         self.fingerprint = fingerprint.of(self, lm)
-        formats.own.write(replace(self.weights(), fingerprint=self.fingerprint), Path(directory))
+        formats.own.write(replace(self.weights(), fingerprint=self.fingerprint), Path(directory), step)
 
     def push_to_hub(
         self,
@@ -342,6 +344,9 @@ class MLSAE(nn.Module):
     ) -> "MLSAE":
         """The SAE in a folder, a run directory or a Hub repository, whatever library wrote it.
 
+        Of a run it is the one in `sae/` or, where that is missing or older, the one in its newest checkpoint; that, and a
+        checkpoint's own folder, are read whatever the number of processes that wrote it.
+
         Args:
             id_or_dir: on the Hub `user/repo`, or `user/repo/folder` for one of several.
             revision: branch, tag or commit on the Hub; None: the newest.
@@ -361,10 +366,9 @@ class MLSAE(nn.Module):
 
 
 def _find(id_or_dir: str | Path, revision: str | None, allow_pickle: bool) -> Path:
-    """The folder or file given, the `sae/` in it if it is a run directory, or a download."""
+    """The folder or file given, where its SAE is if it is a run directory, or a download."""
     if os.path.exists(id_or_dir):
-        run = Path(id_or_dir) / "sae"
-        return run if formats.own.recognises(run) else Path(id_or_dir)
+        return formats.checkpoint.place(Path(id_or_dir))
     from mlsae.downloads import fetch_sae
 
     return fetch_sae(str(id_or_dir), revision, allow_pickle=allow_pickle)

@@ -1,20 +1,25 @@
-"""Sums over a text of which several processes read a part each: on disk, one folder a part, checked and put together again.
+"""Sums over a text of which several processes read a part each, put together again: those of one job, or from disk.
+
+On disk a part is one folder, checked when it is read:
 
 DIR/shards/analyze/0001-of-0004/    files of sums, and shard.json, which says what they are sums of
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlsae import files, fingerprint, untrusted
 from mlsae.config import Config
 from mlsae.errors import ConfigError, DataError, ModelError, ResourceError
+from mlsae.mesh import Mesh
 
 if TYPE_CHECKING:
     from mlsae.data import TokenBlocks
@@ -28,6 +33,18 @@ MAX_SHARDS = 9999
 KINDS = ("evaluate", "analyze")
 Kind = Literal["evaluate", "analyze"]
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Sums(Protocol):
+    """What is added up over a text."""
+
+    def merge(self, other: Any) -> Any:
+        """The sums over both texts."""
+        ...
+
+
+S = TypeVar("S", bound=Sums)
 
 
 # ---- which part ------------------------------------------------------------------------------------------------------
@@ -50,6 +67,11 @@ class TextShard:
         if (found := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)) is None:
             raise ConfigError("shard", f"'{text}' given; write i/n, such as 2/4")
         return cls(int(found[1]), int(found[2]))
+
+    @classmethod
+    def of_rank(cls, mesh: Mesh) -> "TextShard":
+        """The part of one process of a job."""
+        return cls(mesh.rank + 1, mesh.dp * mesh.tp)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
@@ -106,6 +128,42 @@ def work_on(
     """The work of a command, by what identifies SAE, language model and text wherever they lie."""
     identity = {"sae": fingerprint.of_weights(sae), "lm": fingerprint.of_lm(lm), "text": blocks.sha256()}
     return Work(kind=kind, **identity, tokens=tokens, context_length=blocks.context_length, options=options)
+
+
+# ---- within a job ----------------------------------------------------------------------------------------------------
+
+
+def check_together(mesh: Mesh, work: Callable[[], Work]) -> None:
+    """Refuse processes of one job that were given different work: their sums would be of nothing."""
+    if mesh.alone:
+        return
+    mine = mesh.everywhere(work)
+    leaders = mesh.by_leader(lambda: mine)
+
+    def check() -> None:
+        if (odd := _work_difference(leaders, mine)) is not None:
+            raise ConfigError("torchrun", f"rank {mesh.rank} {odd}, unlike rank 0; give all processes the same")
+
+    mesh.everywhere(check)
+
+
+def added_up(mesh: Mesh, sums: S) -> S:
+    """The sums of all processes of a job, on each: the leader adds them in the order of ranks, as `mlsae merge` adds parts."""
+    if mesh.alone:
+        return sums
+    other = copy.deepcopy(sums) if mesh.leads else sums
+    for rank in range(1, mesh.dp * mesh.tp):
+        numbers = _in_memory(other)
+        mesh.hand_over(numbers, rank)
+        if mesh.leads:
+            sums = sums.merge(_filled(other, numbers))
+    numbers = _in_memory(sums)
+    mesh.same(numbers)
+    return _filled(sums, numbers)
+
+
+def _in_memory(sums: object) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in _numbers(sums).items()}
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
@@ -246,7 +304,11 @@ def _difference(first: Record, other: Record) -> str | None:
     """In what two shards do not belong together, in words."""
     if first.of != other.of:
         return f"is one of {other.of} shards"
-    mine, theirs = first.work.to_dict(), other.work.to_dict()
+    return _work_difference(first.work, other.work)
+
+
+def _work_difference(first: Work, other: Work) -> str | None:
+    mine, theirs = first.to_dict(), other.to_dict()
     names = {"sae": "SAE", "lm": "language model", "text": "text"}
     if odd := [word for name, word in names.items() if mine[name] != theirs[name]]:
         return f"is of another {odd[0]}"
@@ -285,6 +347,8 @@ def _parts(sums: Any) -> dict[Any, Any]:
 def _numbers(sums: Any, name: str = "") -> dict[str, Tensor]:
     if sums is None:
         return {}
+    if isinstance(sums, np.ndarray):
+        sums = torch.from_numpy(sums)
     if isinstance(sums, Tensor):
         return {name: sums.byte() if sums.dtype == torch.bool else sums}
     if isinstance(sums, int):
@@ -295,6 +359,8 @@ def _numbers(sums: Any, name: str = "") -> dict[str, Tensor]:
 def _filled(sums: Any, numbers: Mapping[str, Tensor], name: str = "") -> Any:
     if sums is None:
         return None
+    if isinstance(sums, np.ndarray):
+        return numbers[name].numpy()
     if isinstance(sums, Tensor):
         return numbers[name].to(sums)
     if isinstance(sums, int):

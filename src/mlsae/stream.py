@@ -21,7 +21,7 @@ READ_TOKENS = 1024
 """Tokens of a forward pass below which several are made one: a language model reads a few short sequences slowly."""
 READ_ALIKE = (
     *("lm", "data", "text_column", "split", "skip_bad_rows", "streaming", "separator_token", "repeat", "data_seed"),
-    *("context_length", "batch_size", "layers", "device", "lm_dtype", "init_tokens"),
+    *("context_length", "batch_size", "layers", "device", "lm_dtype", "lm_device_map", "init_tokens"),
     *("mask_special_tokens", "mask_first_position", "mask_norm_factor"),
 )
 """Keys of a resolved config that say which vectors a run sees, and in what order."""
@@ -44,9 +44,9 @@ class Stream:
         self.lm, self.shared, self.progress = lm, shared, progress
         self.init_tokens = config.init_tokens
         self.batch = config.batch_size or 1
-        self.own = mesh.share(self.batch)
+        self.mesh, self.own = mesh, mesh.share(self.batch)
         """Which sequences of a micro-batch are this process's."""
-        self.blocks = mesh.leaders_first(lambda: pack_split(config, lm, config.split, progress=progress))
+        self.blocks = packed_once(config, lm, config.split, mesh, progress=progress)
         if (largest := self.blocks.info.max_token_id) >= lm.d_vocab:
             raise DataError("data", f"holds token {largest}; {lm.name} has {lm.d_vocab} tokens; use its own tokenizer")
         self.seed = config.seed if config.data_seed is None else config.data_seed
@@ -63,7 +63,7 @@ class Stream:
         run began."""
         n = self.own.stop - self.own.start
         if n == 0:
-            yield from (read(self.lm, sae, self._tokens(position, 1)).of(slice(0)) for position in positions)
+            yield from (read_some(self.lm, sae, self._tokens(position, 1), slice(0, 0)) for position in positions)
             return
         if self.together == 1 and not self.shared:
             yield from read_ahead(self.lm, sae, (self._own_tokens(position, 1) for position in positions))
@@ -82,12 +82,17 @@ class Stream:
         self._ready = {}
 
     def sample(self, sae: MLSAE) -> Iterator[Tensor]:
-        """The first batches of the stream, each block once, for what is fixed before training."""
-        starts = range(0, len(self.blocks), self.batch)
-        tokens = (self._tokens(start, min(self.batch, len(self.blocks) - start)) for start in starts)
-        vectors = (read(self.lm, sae, batch).to_train(sae) for batch in tokens)
-        seen = ((batch.shape[1], batch) for batch in vectors)
+        """The first batches of the stream, each block once, for what is fixed before training; dp ranks read them in turns."""
+        seen = ((batch.shape[1], batch) for batch in self._first_look(sae))
         return bar(seen, total=self.init_tokens, desc="first look", progress=self.progress)
+
+    def _first_look(self, sae: MLSAE) -> Iterator[Tensor]:
+        starts = range(0, len(self.blocks), self.batch)
+        for first in range(0, len(starts), self.mesh.dp):
+            mine = min(first + self.mesh.dp_rank, len(starts) - 1)
+            tokens = self._tokens(starts[mine], min(self.batch, len(self.blocks) - starts[mine]))
+            vectors = read(self.lm, sae, tokens).to_train(sae)
+            yield from self.mesh.tokens_by_rank(vectors)[: len(starts) - first]
 
     def fit_of(self, sae: MLSAE) -> tuple[dict[str, Tensor], Tensor] | None:
         """What the initial sample fixed of an SAE that begins as this one does, and each layer's variance, if one did."""
@@ -129,7 +134,22 @@ def _beginning(sae: MLSAE) -> str:
     return canonical_json({key: config[key] for key in config if key not in ("k", "n_latents", "expansion_factor")})
 
 
-def pack_split(config: TrainConfig, lm: LanguageModel, split: str, *, progress: bool) -> TokenBlocks:
+def read_some(lm: LanguageModel, sae: MLSAE, tokens: Int[Tensor, "batch pos"], share: slice) -> Reading:
+    """The reading of some sequences, or of none: a language model cannot be asked for that."""
+    return read(lm, sae, tokens[share]) if share.stop > share.start else read(lm, sae, tokens[:1]).of(slice(0))
+
+
+def packed_once(config: TrainConfig, lm: LanguageModel, split: str, mesh: Mesh, *, progress: bool) -> TokenBlocks:
+    """`pack_split`, of which one process of a machine packs, or sees that what is kept is whole, and the others open it."""
+    return mesh.leaders_first(
+        lambda: pack_split(config, lm, split, progress=progress),
+        lambda: pack_split(config, lm, split, progress=False, verify=False),
+    )
+
+
+def pack_split(
+    config: TrainConfig, lm: LanguageModel, split: str, *, progress: bool, verify: bool = True
+) -> TokenBlocks:
     """The token blocks of one part of the training data; of a stream, no more than the run needs."""
     source = TextSource(config.data, split, config.text_column, config.skip_bad_rows, config.streaming)
     context = config.context_length or 1
@@ -140,5 +160,6 @@ def pack_split(config: TrainConfig, lm: LanguageModel, split: str, *, progress: 
         context,
         max_tokens=needed if config.streaming else None,
         packing=config.rules.packing,
+        verify=verify,
         progress=progress,
     )

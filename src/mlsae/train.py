@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
@@ -12,23 +11,23 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from mlsae import devices, files, untrusted
-from mlsae.checkpoint import Checkpoint, RunDirectory
-from mlsae.config import Config, LMShape, TrainConfig
-from mlsae.data import TokenBlocks
+from mlsae import devices, files, fingerprint, untrusted
+from mlsae.checkpoint import Checkpoint, RunDirectory, export_sae
+from mlsae.config import Config, MLSAEConfig, TrainConfig
 from mlsae.errors import DataError, Interrupted, ModelError, NumericsError, ResourceError, out_of_memory
 from mlsae.lens import TunedLens
 from mlsae.lm import LanguageModel, read_shape
 from mlsae.mesh import ALONE, Mesh, local_device, open_mesh, restarted, share_of_latents
-from mlsae.metrics import ReconstructionSums
-from mlsae.parallel import ShardedSAE, make_sae
-from mlsae.reading import Reading, check_pair, read
+from mlsae.norms import Norms
+from mlsae.parallel import make_sae
+from mlsae.prepare import described_sae, load_lm, prepared
+from mlsae.reading import Reading, check_pair
 from mlsae.reporting import NoLines, Reporter, open_logger
-from mlsae.resolving import resolve, sae_config
 from mlsae.sae import MLSAE
 from mlsae.stopping import StopFlag
-from mlsae.stream import Stream, pack_split
+from mlsae.stream import Stream
 from mlsae.trainer import StepReport, Trainer
+from mlsae.validation import validate, validation_blocks
 
 log = logging.getLogger(__name__)
 
@@ -109,20 +108,6 @@ def _train(
         run.close()
 
 
-def prepared(config: TrainConfig, shape: LMShape, device: torch.device) -> TrainConfig:
-    """The config with everything filled in, once it is known to be possible here."""
-    config = resolve(config, shape)
-    config = config.replaced(precision=devices.choose_precision(config.precision, device, config.rules.cuda_precision))
-    devices.lm_dtype(config.lm_dtype, device)
-    return config
-
-
-def load_lm(config: TrainConfig, device: torch.device) -> LanguageModel:
-    """The language model that a config names."""
-    dtype = devices.lm_dtype(config.lm_dtype, device)
-    return LanguageModel.from_pretrained(config.lm, device=device, dtype=dtype, separator_token=config.separator_token)
-
-
 class Progress(Config):
     """How far a run is: state.json of its checkpoints."""
 
@@ -134,6 +119,8 @@ class Progress(Config):
     """Length of metrics.jsonl that belongs to it; what a killed process wrote after it is forgotten."""
     tokenizer_fingerprint: str
     """SHA-256 that tells the tokenizer from others."""
+    sae: MLSAEConfig | None = None
+    """What the SAE is, for those who read it out of the checkpoint; None: an earlier version wrote this."""
 
 
 class Loop:
@@ -170,21 +157,17 @@ class Loop:
                 "data", f"{self.blocks.n_tokens} tokens is less than one step ({self.step_tokens}); allow --repeat"
             )
         torch.manual_seed(config.seed)
-        sae = make_sae(_sae_config(config, lm), mesh).to(lm.device)
+        sae = make_sae(described_sae(config, lm), mesh).to(lm.device)
         check_pair(lm, sae)
         if config.lens is not None and not resume:  # a checkpoint holds the lens
             sae.set_lens(TunedLens.load(config.lens, lm))
         self.trainer = Trainer(sae, config, n_steps=self.n_steps, step_tokens=self.step_tokens, mesh=mesh)
         self.position = 0
         """Blocks of the endless stream read so far: the one integer that says where in the data a run is."""
-        self.median_norm = torch.full((len(sae.layers),), torch.inf)
-        """Of each layer's vectors in the micro-batch last learned from."""
-        self.over_norm = torch.zeros(len(sae.layers), dtype=torch.int64)
-        self.largest_norm = torch.zeros(len(sae.layers))
-        """Since the last line of metrics.jsonl, of each layer's vectors, those beyond the norm limit too."""
+        self.norms = Norms(len(sae.layers), mesh)
         self.metrics_bytes = 0
         """Length of metrics.jsonl that belongs to what was resumed; what a killed process wrote after it is forgotten."""
-        self.validation = self._validation_blocks()
+        self.validation = validation_blocks(config, lm, self.blocks, mesh, progress=progress)
         self.validated = 0
         """Step after which the last validation was."""
         if resume:
@@ -224,37 +207,30 @@ class Loop:
 
     def _step(self) -> Generator[None, None, StepReport]:
         """Read a step's text and learn from it; one that fails is undone, the state before it saved, the run ended."""
-        before = self.position, self.over_norm.clone(), self.largest_norm
+        before, norms = self.position, (self.norms.left_out, self.norms.largest)
         try:
             for reading in self._readings():
                 self.trainer.accumulate(reading.to_train(self.trainer.sae))
-                self.over_norm += self.mesh.total(reading.over_norm.cpu())
-                self._look_at(reading.norms.cpu(), reading.visible.cpu())
+                self.norms.see(reading)
                 yield
+            self.norms.add_up()
             return self.trainer.update()
         except (NumericsError, MemoryError, RuntimeError) as error:
             if isinstance(error, NumericsError):
-                documents = self.stream.documents(before[0], self.position)
+                documents = self.stream.documents(before, self.position)
                 ending = NumericsError(error.field, f"{error.problem} (documents {documents} of the data)")
             elif out_of_memory(error):
                 ending = ResourceError("memory", f"not enough at step {self.trainer.steps + 1}{self._too_large()}")
             else:
                 raise
             self.trainer.abandon()
-            self.position, self.over_norm, self.largest_norm = before
+            self.position, (self.norms.left_out, self.norms.largest) = before, norms
+            self.norms.forget()
             self.stream.forget()
             if self.trainer.steps and (self.mesh.alone or isinstance(error, NumericsError)):  # which all agree on
                 with contextlib.suppress(NumericsError):  # what is not finite is the state itself: it is not saved
                     self._save()
             raise ending from error
-
-    def _look_at(self, norms: torch.Tensor, visible: torch.Tensor) -> None:
-        """Remember the largest norm, those beyond the limit too, and the median of what the SAE sees."""
-        largest = norms.flatten(1).amax(1) if norms.numel() else norms.new_zeros(len(norms))
-        largest = largest.clamp(max=torch.finfo(norms.dtype).max)  # infinity is beyond the limit, and saved
-        self.largest_norm = self.largest_norm.maximum(self.mesh.largest(largest))
-        seen = self.mesh.pooled_tokens(norms[:, visible])
-        self.median_norm = seen.median(1).values if seen.numel() else torch.full_like(largest, torch.inf)
 
     def _too_large(self) -> str:
         """What to do about memory, with the most that was in use."""
@@ -276,7 +252,7 @@ class Loop:
             passes=self.position / len(self.blocks),
             fvu=last["fvu"],
             dead_fraction=float(self.trainer.dead().float().mean()),
-            masked_by_norm=self.over_norm.tolist(),
+            masked_by_norm=self.norms.left_out.tolist(),
             seconds=seconds,
         )
 
@@ -308,20 +284,11 @@ class Loop:
             tensors, self.trainer.variance = fit
             self.trainer.sae.load_state_dict(tensors, strict=False)
 
-    def _validation_blocks(self) -> TokenBlocks | None:
-        if self.config.validate_every_steps is None:
-            return None
-        if self.config.rules.validation_data == "train":
-            return self.blocks
-        return self.mesh.leaders_first(lambda: pack_split(self.config, self.lm, "validation", progress=self.progress))
-
     def _extra(self) -> dict[str, Any] | None:
         """What metrics.jsonl holds beside the report of the step just taken, if it has a line there: then norms begin anew."""
         if self.trainer.steps % (self.config.log_every_steps or 1) and self.trainer.steps < self.n_steps:
             return None
-        ratio = float((self.largest_norm / self.median_norm).max())
-        self.largest_norm = torch.zeros_like(self.largest_norm)
-        return {"masked_by_norm": self.over_norm.tolist(), "norm_ratio": ratio}
+        return {"masked_by_norm": self.norms.left_out.tolist(), "norm_ratio": self.norms.ratio()}
 
     def _validate(self, reporter: Reporter) -> None:
         """The validation that is due after the step last taken. If it is stopped, the resumed run does it from its start."""
@@ -330,12 +297,17 @@ class Loop:
             return
         quiet = self.trainer.quiet
         try:
-            reporter.validated(step, self.trainer.tokens, validate(self, self.validation))
+            fvu = validate(self.trainer, self.lm, self.validation, self.config, self._end_if_asked)
+            reporter.validated(step, self.trainer.tokens, fvu)
         except Interrupted:
             self.trainer.quiet = quiet
             self._save()
             raise
         self.validated = step
+
+    def _end_if_asked(self) -> None:
+        if self.stopping():
+            raise self.stopped()
 
     def stopped(self) -> Interrupted:
         """The end of a run that was asked to stop."""
@@ -350,24 +322,24 @@ class Loop:
         self._save_sae()
 
     def _save_sae(self) -> None:
-        """The SAE as one file, whoever has its latents."""
-        sae = self.trainer.sae
-        whole = sae.whole() if isinstance(sae, ShardedSAE) else sae
-        self.mesh.by_leader(lambda: self._write_sae(whole))
-
-    def _write_sae(self, sae: MLSAE | None) -> None:
-        if sae is not None:
-            sae.save_pretrained(self.run_directory.path / "sae", lm=self.lm)
+        """The SAE as one file; where processes share its latents, out of those of the newest checkpoint."""
+        sae, folder = self.trainer.sae, self.run_directory.path / "sae"
+        if self.mesh.tp == 1:
+            self.mesh.by_leader(lambda: sae.save_pretrained(folder, lm=self.lm, step=self.trainer.steps))
+        else:
+            behaviour = fingerprint.behaviour(sae, self.lm)
+            self.mesh.by_leader(lambda: export_sae(self.run_directory.steps()[-1], folder, behaviour))
 
     def _checkpoint(self, *, metrics_bytes: int) -> Checkpoint:
         """Everything that a run is, between two steps. Live tensors: they are to be saved at once."""
-        counts = {"over_norm": self.over_norm, "largest_norm": self.largest_norm}
+        counts = {"over_norm": self.norms.left_out, "largest_norm": self.norms.largest}
         state = {**self.trainer.state(), **counts, "rng.torch": torch.get_rng_state()}
         progress = Progress(
             position=self.position,
             validated=self.validated,
             metrics_bytes=metrics_bytes,
             tokenizer_fingerprint=self.lm.tokenizer.fingerprint,
+            sae=self.trainer.sae.config,
         )
         return Checkpoint(self.trainer.steps, dict(self.trainer.sae.state_dict()), state, progress.to_dict())
 
@@ -381,7 +353,7 @@ class Loop:
         self.trainer.sae.load_state_dict(checkpoint.sae)
         self.trainer.load_state(checkpoint.state)
         torch.set_rng_state(checkpoint.state["rng.torch"])
-        self.over_norm, self.largest_norm = checkpoint.state["over_norm"], checkpoint.state["largest_norm"]
+        self.norms.left_out, self.norms.largest = checkpoint.state["over_norm"], checkpoint.state["largest_norm"]
         self.position, self.validated = progress.position, progress.validated
         self.metrics_bytes = progress.metrics_bytes
         log.info("resuming after step %d of %d", self.trainer.steps, self.n_steps)
@@ -409,38 +381,3 @@ class Loop:
             warmup=warmup * self.step_tokens,
             progress=self.progress,
         )
-
-
-@torch.no_grad()
-def validate(loop: Loop, blocks: TokenBlocks) -> float:
-    """Mean FVU on held-out text; lawson2024 reads the start of the training stream and moves the clock by it (D8, D18)."""
-    sae, trainer = loop.trainer.sae, loop.trainer
-    sums = ReconstructionSums(len(sae.layers), sae.config.d_model)
-    n_blocks = min(loop.config.validation_sequences, len(blocks))
-    for position in range(0, n_blocks, loop.batch):
-        tokens = blocks.read(position, min(loop.batch, n_blocks - position), order="file")
-        if loop.stopping():
-            raise loop.stopped()
-        vectors = read(loop.lm, sae, tokens).to_train(sae)
-        vectors = sae.lensed(vectors)  # as in training
-        code = sae.encode_lensed(vectors)
-        sums.update(vectors, sae.decode_lensed(code), code.values)
-        if trainer.rules.validation_counts:
-            trainer.tick(code, vectors.shape[1])
-    return float(sums.quality().fvu.mean())
-
-
-def _sae_config(config: TrainConfig, lm: LanguageModel) -> Any:
-    """The SAE that a resolved config describes; files are named by their whole path, so that it can be read from anywhere."""
-    return sae_config(config, lm.shape).replaced(
-        expansion_factor=None,
-        lm=_whole_path(lm.name),
-        lm_revision=lm.revision,
-        data=_whole_path(config.data),
-        lens=config.lens and _whole_path(config.lens),
-        tokenizer_fingerprint=lm.tokenizer.fingerprint,
-    )
-
-
-def _whole_path(name: str) -> str:
-    return str(Path(name).resolve()) if os.path.exists(name) else name

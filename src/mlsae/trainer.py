@@ -131,18 +131,16 @@ class Trainer:
     def accumulate(self, resid: Float[Tensor, "layer token d_model"]) -> None:
         """Add one micro-batch to the gradient of the coming step."""
         variance = self.variance if self.variance is not None else self.initialise([resid])
-        n_tokens = self.mesh.count(resid.shape[1])
-        if n_tokens == 0:
+        if resid.shape[1] == 0 and self.mesh.dp == 1:
             return
-        if not self._begun:
-            self._begun, self._quiet_before = True, self.quiet
-            if self.rules.normalize == "each_micro_batch":
-                self._decoder_before = self.sae.W_dec.detach().clone()
-        impl = self.config.impl
+        impl, quiet_before = self.config.impl, self.quiet
         resid = self.sae.lensed(resid)  # what follows, the loss too, is behind the lens
         with self._autocast():
             code = self.sae.encode_lensed(resid, impl=impl)
-            self.tick(code, n_tokens)
+            n_tokens = self.tick(code, resid.shape[1])
+            if n_tokens == 0:
+                return
+            self._begin(quiet_before)
             error, squared = self.sae.error(resid, code, impl=impl)
             squared = self.mesh.total(squared)
             aux = losses.AUX[self.rules.aux](
@@ -156,6 +154,13 @@ class Trainer:
             self.optimizer.project()
         fvu = losses.per_dimension(resid, squared.detach(), variance, n_tokens)
         self._parts.append((n_tokens, loss.detach(), aux.detach(), fvu))
+
+    def _begin(self, quiet: Tensor) -> None:
+        """Keep what the step in progress changes before it is sound, if this is its beginning."""
+        if not self._begun:
+            self._begun, self._quiet_before = True, quiet
+            if self.rules.normalize == "each_micro_batch":
+                self._decoder_before = self.sae.W_dec.detach().clone()
 
     def update(self) -> StepReport:
         """Take the step that the accumulated gradient asks for. Raises NumericsError, changing nothing, if it is not finite."""
@@ -182,13 +187,15 @@ class Trainer:
         """Latents that have been quiet for the threshold."""
         return self.quiet >= self.dead_after
 
-    def tick(self, code: Code, n_tokens: int) -> None:
-        """Advance the dead-latent clock by one micro-batch, of n_tokens on all ranks."""
+    def tick(self, code: Code, n_tokens: int) -> int:
+        """Advance the dead-latent clock by one micro-batch, n_tokens of it here; returns how many there are on all ranks."""
         fired = torch.zeros_like(self.quiet, dtype=torch.bool)
         fired[code.indices[code.values > self.config.dead_threshold]] = True
-        fired = self.mesh.union(fired)
+        fired, n_tokens = self.mesh.union(fired, n_tokens)
         forwards = self.rules.dead_clock == "forwards"
-        self.quiet = torch.where(fired, 1 if forwards else 0, self.quiet + (1 if forwards else n_tokens))
+        if n_tokens:
+            self.quiet = torch.where(fired, 1 if forwards else 0, self.quiet + (1 if forwards else n_tokens))
+        return n_tokens
 
     def _check_state(self) -> None:
         """Stop the run at a weight, moment or statistic that is not finite, seen by this step's vectors or not."""

@@ -15,9 +15,10 @@ from mlsae.errors import DataError
 from mlsae.heldout import text_batches, token_batches
 from mlsae.intervals import MIN_SHARDS, N_SHARDS, shard_of
 from mlsae.lm import LanguageModel
+from mlsae.mesh import ALONE, Mesh
 from mlsae.reading import Reading, read
 from mlsae.sae import MLSAE
-from mlsae.shards import SUMS, TextShard, load_sums, save_sums
+from mlsae.shards import SUMS, TextShard, added_up, load_sums, save_sums
 
 MEAN_TOKENS = 65_536
 """Tokens whose mean vectors centre the similarity of adjacent layers."""
@@ -53,8 +54,8 @@ class AnalysisSums:
             self.examples.update(code, visible, batch.blocks.numpy())
         self.over_norm += reading.over_norm.cpu()
 
-    def merge(self, other: "AnalysisSums") -> None:
-        """Add the tokens of another pass."""
+    def merge(self, other: "AnalysisSums") -> "AnalysisSums":
+        """Add the tokens of another pass, in place."""
         self.statistics = self.statistics.merge(other.statistics)
         self.similarity = self.similarity.merge(other.similarity)
         self.over_norm += other.over_norm
@@ -62,6 +63,7 @@ class AnalysisSums:
             self.nulls.merge(other.nulls)
         if self.examples is not None and other.examples is not None:
             self.examples = self.examples.merge(other.examples)
+        return self
 
     def save(self, folder: Path, blocks: TokenBlocks) -> None:
         """Write all of it into a folder."""
@@ -97,14 +99,30 @@ def analysis_sums(
     nulls: bool,
     examples: int,
     shard: TextShard | None = None,
+    mesh: Mesh = ALONE,
     progress: bool,
 ) -> AnalysisSums:
-    """The sums over `tokens` tokens of the blocks, or over one shard of them; the means are of the same tokens for all."""
-    means = resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), progress=progress)
-    sums = AnalysisSums(sae, means, blocks.context_length, nulls=nulls, examples=examples)
-    for batch in text_batches(blocks, tokens, desc="analyze", shard=shard, progress=progress):
-        sums.update(sae, read(lm, sae, batch.tokens), batch)
-    return sums
+    """The sums over `tokens` tokens of the blocks, which the mesh shares out, or over one shard of them.
+
+    The means are of the same tokens for all shards.
+    """
+    part = TextShard.of_rank(mesh)
+
+    def pass_one() -> ResidMeans:
+        return resid_means(sae, lm, blocks, min(tokens, MEAN_TOKENS), shard=part, progress=progress)
+
+    means = added_up(mesh, mesh.everywhere(pass_one))
+    mesh.everywhere(lambda: _check_any(means))
+
+    def pass_two() -> AnalysisSums:
+        sums = AnalysisSums(sae, means, blocks.context_length, nulls=nulls, examples=examples)
+        for batch in text_batches(
+            blocks, tokens, desc="analyze", shard=part if shard is None else shard, progress=progress
+        ):
+            sums.update(sae, read(lm, sae, batch.tokens), batch)
+        return sums
+
+    return added_up(mesh, mesh.everywhere(pass_two))
 
 
 def shards_that_fit(n_layers: int, n_latents: int) -> int:
@@ -118,11 +136,16 @@ def shards_that_fit(n_layers: int, n_latents: int) -> int:
     return n_shards if n_shards >= MIN_SHARDS else 1
 
 
-def resid_means(sae: MLSAE, lm: LanguageModel, blocks: TokenBlocks, tokens: int, *, progress: bool) -> ResidMeans:
-    """Mean vectors and norms of each layer over the first `tokens` tokens that `analyze` reads."""
+def resid_means(
+    sae: MLSAE, lm: LanguageModel, blocks: TokenBlocks, tokens: int, *, shard: TextShard, progress: bool
+) -> ResidMeans:
+    """Mean vectors and norms of each layer over one shard of the first `tokens` tokens that `analyze` reads."""
     means = ResidMeans(len(sae.layers), sae.config.d_model)
-    for batch in token_batches(blocks, tokens, desc="means of layers", progress=progress):
+    for batch in token_batches(blocks, tokens, desc="means of layers", shard=shard, progress=progress):
         means.update(sae.lensed(read(lm, sae, batch).vectors))
+    return means
+
+
+def _check_any(means: ResidMeans) -> None:
     if means.n_tokens == 0:
         raise DataError("data", "no token is left after masking; use longer text")
-    return means

@@ -10,11 +10,14 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from mlsae.config import Placement
 from mlsae.errors import ResourceError
 from mlsae.explorer.server import Place, Running, serve, start
 
 __all__ = ["Explored", "Place", "Running", "explore", "open_explorer"]
 
+PLAIN = Placement()
+"""All on the first device."""
 PLOT_STYLE = Path(str(files("mlsae.explorer"))) / "static" / "vendor" / "plot-style.sha256"
 """Hash of the one style sheet that the vendored charts put into their figures, for the policy that forbids all others."""
 
@@ -41,6 +44,7 @@ def explore(
     port: int = 8001,
     allow_remote: bool = False,
     allow_hosts: Sequence[str] = (),
+    placement: Placement = PLAIN,
     open_browser: bool = False,
     tell: Callable[[str], None] = print,
 ) -> Explored:
@@ -52,6 +56,7 @@ def explore(
         lm: language model; None: the one the SAE was trained on. It is loaded when a prompt is first typed.
         port: 0 is any that is free.
         allow_remote: allow a `host` that other machines can reach.
+        placement: where the language model goes, and in which precision.
         allow_hosts: further names by which browsers may ask for the pages.
 
     Raises:
@@ -61,7 +66,7 @@ def explore(
     place = Place(host, port, allow_remote, tuple(allow_hosts))
     began = time.monotonic()
     serve(
-        _app_of(sae, analysis, lm, settle=gc.freeze),
+        _app_of(sae, analysis, lm, placement, settle=gc.freeze),
         place,
         style_hash=_style_hash(),
         open_browser=open_browser,
@@ -74,11 +79,15 @@ def open_explorer(
     sae: str | Path, *, analysis: str | Path | None = None, lm: str | None = None, place: Place | None = None
 ) -> Running:
     """The same in a thread of this process, on a free port: a context that ends it; for notebooks and tests."""
-    return start(_app_of(sae, analysis, lm), place, style_hash=_style_hash())
+    return start(_app_of(sae, analysis, lm, PLAIN), place, style_hash=_style_hash())
 
 
 def _app_of(
-    sae: str | Path, analysis: str | Path | None, lm: str | None, settle: Callable[[], None] = lambda: None
+    sae: str | Path,
+    analysis: str | Path | None,
+    lm: str | None,
+    placement: Placement,
+    settle: Callable[[], None] = lambda: None,
 ) -> Callable[[], ASGIApp]:
     """What makes the app, once there is a port for it: torch is imported only then.
 
@@ -91,6 +100,7 @@ def _app_of(
         from mlsae.explorer.library import Library
 
         library = Library.open(sae, analysis=None if analysis is None else Path(analysis), lm=lm)
+        library.lm_options = placement.lm_options()
         settle()
         return create_app(library, settle=settle)
 

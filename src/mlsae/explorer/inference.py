@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from mlsae.errors import ConfigError, MlsaeError, ModelError
+from mlsae.explorer.answers import Refused
 from mlsae.heldout import open_pair
 from mlsae.lm import LanguageModel
 from mlsae.metrics import Moments
@@ -28,10 +29,11 @@ CACHE_BYTES = 64 << 20
 """Memory for what prompts activate."""
 
 
-class Busy(MlsaeError):
+class Busy(Refused):
     """All places are taken: ask again."""
 
-    status = 503
+    def __init__(self):
+        super().__init__(503, "queue", None, "as many requests are waiting as may; ask again soon")
 
 
 class Cancelled(MlsaeError):
@@ -124,7 +126,8 @@ class Shared:
         try:
             config = source.config
             revision = config.lm_revision if name == config.lm and not Path(name).is_dir() else None
-            lm = LanguageModel.from_pretrained(name, revision=revision, separator_token=config.separator_token)
+            options = {"revision": revision, "separator_token": config.separator_token, **self.library.lm_options}
+            lm = LanguageModel.from_pretrained(name, **options)
             # Pages read the library's own SAE from other threads, so that one stays where it is.
             sae = source if source.W_enc.device == lm.device else copy.deepcopy(source)
             found = open_pair(sae, lm)
@@ -302,9 +305,14 @@ class Worker:
             self._running.cancelled = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `run` would raise Busy."""
+        return self._waiting >= self._max_waiting
+
     async def _take_turn(self) -> None:
-        if self._waiting >= self._max_waiting:
-            raise Busy("queue", f"{self._waiting} requests are waiting; ask again soon")
+        if self.is_full:
+            raise Busy
         self._waiting += 1
         try:
             await self._turn.acquire()

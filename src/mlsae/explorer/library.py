@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from mlsae import formats, untrusted
-from mlsae.analysis.example_file import About, read_about
+from mlsae.analysis.example_file import read_about
+from mlsae.analysis.example_rows import About
 from mlsae.config import MLSAEConfig
 from mlsae.errors import ConfigError, DataError, MlsaeError, ModelError
 from mlsae.explorer.kept import Kept, named, signature
@@ -47,6 +48,8 @@ class Library:
     ):
         self.source, self.run, self.analysis_folder = source, run, analysis
         self._place, self._lm, self._sae = place, lm, sae
+        self.lm_options: dict[str, Any] = {}
+        """Where the language model goes, and in which precision: `Placement.lm_options`."""
         self._sae_seen: object = None
         self._sae_problem: MlsaeError | None = None
         self._sae_lock = threading.Lock()
@@ -220,10 +223,16 @@ class Library:
             raise DataError("analysis", f"there is none to show; run {self._analyze()}")
         return found
 
+    def needed_sae(self) -> MLSAE:
+        """`sae`, or a ModelError while a run has none yet."""
+        if (found := self.sae) is None:
+            raise _no_sae()
+        return found
+
     def checked_latent(self, latent: int) -> int:
         """An id that there is. Raises ConfigError otherwise, ModelError without any."""
         if not self.n_latents:
-            raise ModelError("sae", "this run has not saved one yet; wait for its first checkpoint")
+            raise _no_sae()
         if not 0 <= latent < self.n_latents:
             raise ConfigError("latent", f"{latent} is none of this SAE's; give 0 to {self.n_latents - 1}")
         return latent
@@ -361,6 +370,10 @@ class Library:
         if wanted is not None and about.tokenizer_fingerprint != wanted:
             raise ModelError("examples.parquet", "was made with another tokenizer; analyze again")
         return about
+
+
+def _no_sae() -> ModelError:
+    return ModelError("sae", "this run has not saved one yet; wait for its first checkpoint")
 
 
 def _is_run(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from mlsae import files
 from mlsae.errors import ConfigError, ModelError
-from mlsae.formats import own
+from mlsae.formats import checkpoint, own
 from mlsae.formats.weights import Dictionary, Given, Weights, dictionaries, joined
 from mlsae.recipes import FormatName
 
@@ -28,7 +28,7 @@ def module_of(name: str) -> Any:
 
 def detect(folder: Path) -> str | None:
     """The format of the SAE, or of the first of several, in a folder; None: of no format that is known."""
-    if own.recognises(folder):
+    if own.recognises(folder) or checkpoint.recognises(folder):
         return "mlsae"
     return next((name for name in OTHERS for place in _places(folder) if module_of(name).recognises(place)), None)
 
@@ -44,7 +44,8 @@ def read(folder: Path, given: Given | None = None, *, allow_nonfinite: bool = Fa
         known = ", ".join(get_args(FormatName))
         raise ModelError("sae", f"'{folder}' holds no SAE of a known format ({known}); name a run or an SAE folder")
     if name == "mlsae":
-        return own.read(folder, allow_nonfinite=allow_nonfinite)
+        module = own if own.recognises(folder) else checkpoint
+        return module.read(folder, allow_nonfinite=allow_nonfinite)
     module = module_of(name)
     if hasattr(module, "read_whole"):
         return module.read_whole(folder, given)

@@ -1,5 +1,6 @@
 """Our own files: `config.json`, and `model.safetensors` which holds the config too: the files of two SAEs cannot be mixed."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,33 @@ def recognises(folder: Path) -> bool:
     return not isinstance(values, dict) or not {"format_version", "d_model"}.isdisjoint(values)
 
 
-def write(weights: Weights, folder: Path) -> None:
-    """Both files; weights that are not finite are refused."""
+def write(weights: Weights, folder: Path, step: int | None = None) -> None:
+    """Both files; weights that are not finite are refused. `step`: of the run that they are from."""
     tensors = {name: tensor.float() for name, tensor in weights.tensors.items()}
     _refuse_nonfinite(tensors, folder)
-    config = weights.config.to_dict()
-    beside = files.canonical_json({"config": config, "fingerprint": weights.fingerprint})
-    files.save_tensors(folder / WEIGHTS_FILE, tensors, {"sae": beside})  # one key: several come in any order
-    files.write_json(folder / CONFIG_FILE, config)
+    write_in_pieces(weights.config, weights.fingerprint, lambda name: [tensors[name]], folder, step)
+
+
+def write_in_pieces(
+    config: MLSAEConfig,
+    fingerprint: dict[str, Any] | None,
+    pieces: Callable[[str], Iterable[torch.Tensor]],
+    folder: Path,
+    step: int | None = None,
+) -> None:
+    """The same of float32 tensors that are not there whole: `pieces(name)` gives the entries of one in order, some at a time."""
+    beside: dict[str, Any] = {"config": config.to_dict(), "fingerprint": fingerprint}
+    beside |= {} if step is None else {"step": step}
+    metadata = {"sae": files.canonical_json(beside)}
+    files.save_in_pieces(folder / WEIGHTS_FILE, kinds(config), pieces, metadata)
+    files.write_json(folder / CONFIG_FILE, config.to_dict())
 
 
 def read(folder: Path, *, allow_nonfinite: bool = False) -> Weights:
     """What `write` wrote. Raises ModelError if it is not whole, not ours or, unless it is allowed, not finite."""
     config = _read_config(folder / CONFIG_FILE)
     _check_belongs(folder, config)
-    expected = {name: (torch.float32, shape) for name, shape in shapes(config).items()}
-    tensors = untrusted.load_tensors(folder / WEIGHTS_FILE, expected)
+    tensors = untrusted.load_tensors(folder / WEIGHTS_FILE, kinds(config))
     if not allow_nonfinite:
         _refuse_nonfinite(tensors, folder)
     return Weights(config, tensors, _beside(folder, "fingerprint"))
@@ -45,6 +57,17 @@ def read(folder: Path, *, allow_nonfinite: bool = False) -> Weights:
 def identity(folder: Path) -> str:
     """Hex SHA-256 that SAEs of the same config and tensors share, whatever was measured beside them."""
     return files.json_digest([_beside(folder, "config"), _beside(folder, "fingerprint").get("sha256")])
+
+
+def step(folder: Path) -> int | None:
+    """The step of the run that an SAE is from, if its files say so."""
+    value = _said_beside(folder / WEIGHTS_FILE).get("step")
+    return value if isinstance(value, int) else None
+
+
+def kinds(config: MLSAEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor."""
+    return {name: (torch.float32, shape) for name, shape in shapes(config).items()}
 
 
 def _read_config(path: Path) -> MLSAEConfig:
@@ -70,11 +93,15 @@ def _check_belongs(folder: Path, config: MLSAEConfig) -> None:
 def _beside(folder: Path, name: str) -> dict[str, Any]:
     """What the weights' own file holds beside tensors."""
     path = folder / WEIGHTS_FILE
-    found = untrusted.parse_json(untrusted.tensors_metadata(path).get("sae", "null"), path)
-    value = found.get(name) if isinstance(found, dict) else None
+    value = _said_beside(path).get(name)
     if not isinstance(value, dict):
         raise ModelError(str(path), f"holds no {name}; save the SAE again with save_pretrained")
     return value
+
+
+def _said_beside(path: Path) -> dict[str, Any]:
+    found = untrusted.parse_json(untrusted.tensors_metadata(path).get("sae", "null"), path)
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_nonfinite(tensors: dict[str, torch.Tensor], where: Path) -> None:
