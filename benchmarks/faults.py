@@ -220,8 +220,8 @@ FAULTS = [
     Fault(
         "the target of the published AuxK is detached",
         "losses.py",
-        "return (mesh.mean_square(error - guess) / mesh.mean_square(spread))",
-        "return (mesh.mean_square(error.detach() - guess) / mesh.mean_square(spread))",
+        "return mesh.ratio(error - guess, spread)",
+        "return mesh.ratio(error.detach() - guess, spread)",
         "test_losses.py::test_losses_and_gradients_are_the_equations",
     ),
     Fault(
@@ -297,7 +297,7 @@ FAULTS = [
     ),
     Fault(
         "validation moves the dead-latent clock",
-        "train.py",
+        "validation.py",
         "if trainer.rules.validation_counts:",
         "if True:",
         "test_numbers.py::test_a_latent_silenced_in_a_run_is_dead_after_its_tokens",
@@ -376,6 +376,38 @@ FAULTS = [
         "manifest = self._check(directory)",
         "manifest = self._check(directory, sizes_only=True)",
         "test_checkpoint.py::test_files_of_two_checkpoints_are_not_mixed",
+    ),
+    Fault(
+        "the files of several processes are read one after the other, and not group by group",
+        "manifest.py",
+        """            for group in range(groups):
+                for i, slices in enumerate(opened):
+""",
+        """            for i, slices in enumerate(opened):
+                for group in range(groups):
+""",
+        "test_manifest.py::test_pieces_in_order_are_the_whole_and_none_is_larger_than_allowed",
+    ),
+    Fault(
+        "an SAE of an earlier step is read",
+        "formats/checkpoint.py",
+        "known is not None and int(",
+        "known is None and int(",
+        "test_train_parallel.py::test_where_the_sae_is_of_an_earlier_step_the_newest_sound_checkpoint_is_read",
+    ),
+    Fault(
+        "a validation is of what one process read",
+        "validation.py",
+        "        whole.merge(part)\n",
+        "        whole = part\n",
+        "test_train_parallel.py::test_fifty_steps_of_four_processes_are_those_of_one",
+    ),
+    Fault(
+        "vectors left out are counted on one process",
+        "norms.py",
+        "together = torch.cat(parts).cpu()",
+        "together = parts[0].cpu()",
+        "test_train_parallel.py::test_fifty_steps_of_four_processes_are_those_of_one",
     ),
     Fault(
         "rotation deletes the newest",
@@ -639,6 +671,41 @@ FAULTS = [
         "firsts[q * n + j] += mean;",
         "firsts[j] += mean;",
         "analysis/test_layers.py::test_published_ratios_equal_brute_force_averaged_over_sequences[cpu-0]",
+    ),
+    Fault(
+        "the explorer answers a crowd before all others",
+        "explorer/app.py",
+        "            await asyncio.sleep(0)\n            if self._worker.is_full:",
+        "            if self._worker.is_full:",
+        "explorer/test_load.py::test_who_comes_after_a_crowd_is_answered_before_it",
+    ),
+    Fault(
+        "the explorer computes co-active latents however many wait",
+        "explorer/app.py",
+        "(coactive|logits)",
+        "(logits)",
+        "explorer/test_load.py::test_exactly_what_the_worker_computes_is_refused_at_the_door",
+    ),
+    Fault(
+        "the explorer's pages do not escape",
+        "explorer/app.py",
+        "autoescape=True",
+        "autoescape=False",
+        "explorer/test_app.py::test_no_text_in_any_place_of_a_page_becomes_markup[LM name]",
+    ),
+    Fault(
+        "a text ends the data block of the explorer's pages",
+        "explorer/app.py",
+        r'.replace("<", "\\u003c")',
+        "",
+        "explorer/test_app.py::test_no_text_in_any_place_of_a_page_becomes_markup[token]",
+    ),
+    Fault(
+        "the explorer forgets which place of a sign-in form is text",
+        "explorer/exchange.py",
+        "to=html.escape(place)",
+        "to=place",
+        "explorer/test_app.py::test_no_text_in_any_place_of_a_page_becomes_markup[URL]",
     ),
 ]
 

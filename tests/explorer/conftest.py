@@ -46,6 +46,7 @@ class Shelf:
     similarity: dict[str, Any] | None = None
     statistics: Any = None
     gone: list[dict[str, Any]] = field(default_factory=list)
+    lm_options: dict[str, Any] = field(default_factory=dict)
 
     def missing(self, *names: str) -> list[dict[str, Any]]:
         return self.gone

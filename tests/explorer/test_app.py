@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from starlette.routing import Mount
 
 from explorer.conftest import N_LATENTS, PROMPT
+from explorer.payloads import PAYLOADS, replaced
 from explorer.sites import BAD_HOSTS, BAD_ORIGINS, BEARER, HOST, JSON, Ask, Guarded, requests_of
 from mlsae.errors import ResourceError
-from mlsae.explorer import answers, app, open_explorer
+from mlsae.explorer import app, open_explorer
 from mlsae.explorer.app import create_app
 from mlsae.explorer.library import Library
 
@@ -204,7 +206,7 @@ def answered(answer: httpx.Response) -> None:
     assert "site-packages" not in answer.text
 
 
-ways = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ways = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @ways
@@ -223,15 +225,7 @@ def test_any_json_is_answered_without_a_bug(client: httpx.Client, path: str, bod
 @given(st.data())
 def test_any_query_is_answered_without_a_bug(client: httpx.Client, data: st.DataObject):
     paths = ["/heatmap.bin", "/training.json", "/search.json", "/latents/3.json", "/latents/3/neighbours.json"]
-    paths += [
-        "/prompt.json",
-        "/compare.json",
-        "/steer.json",
-        "/logits.json",
-        "/overview",
-        "/latents/3",
-        "/latents/3/coactive.json",
-    ]
+    paths += ["/prompt.json", "/compare.json", "/steer.json", "/logits.json", "/overview", "/latents/3"]
     path = data.draw(st.sampled_from(paths))
     names = [*FIELDS, "centre_min", "birth_max", "token", "promoted", "descending", "offset", "limit"]
     query = data.draw(st.dictionaries(st.sampled_from(names), anything.map(str), max_size=4))
@@ -245,7 +239,7 @@ def test_any_query_is_answered_without_a_bug(client: httpx.Client, data: st.Data
 @ways
 @given(anything.map(str))
 def test_any_latent_is_answered_without_a_bug(client: httpx.Client, latent: str):
-    for suffix in ("", ".json", "/neighbours.json", "/logits.json"):
+    for suffix in ("", ".json", "/neighbours.json", "/logits.json", "/coactive.json"):
         answer = client.get(
             httpx.URL(client.base_url).copy_with(raw_path=b"/latents/" + _quoted(latent) + suffix.encode())
         )
@@ -258,58 +252,54 @@ def _quoted(text: str) -> bytes:
 
 # ---- no text becomes markup ------------------------------------------------------------------------------------------
 
-PAYLOADS = [
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "<!--<script>",
-    "<img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "' onmouseover='alert(1)",
-    "<iframe srcdoc='<script>alert(1)</script>'>",
-    '<a href="javascript:alert(1)">x</a>',
-    "javascript:alert(1)",
-    "{{7*7}}{% raw %}${7*7}",
-    "</title><script>alert(1)</script>",
-    "</textarea><script>alert(1)</script>",
-    "</style><script>alert(1)</script>",
-    "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>",
-    "\u2028alert(1)\u2029",
-    "\u202eevil\u202c",
-    "\x00<b>\x0b",
-    "&lt;script&gt;",
-    "<base href=//evil.example>",
-    "<meta http-equiv=refresh content=0;url=//evil.example>",
-]
+NOTE = [{"what": "what", "why": "why", "command": "mlsae analyze"}]
+SITE = {"name": "name", "lm": "lm", "n_latents": 7, "layers": ["0", "1"]}
+ERROR = {"error": {"field": "text", "given": "given", "allowed": "allowed"}}
+PAGE = {"accept": "text/html"}
 
 
-def replaced(value: Any, payload: str) -> Any:
-    """The same, with every text and a payload after it."""
-    if isinstance(value, dict):
-        return {key: replaced(item, payload) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [replaced(item, payload) for item in value]
-    return value + payload if isinstance(value, str) else value
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-@pytest.mark.parametrize("page", ["overview", "latent", "search", "prompt", "error"])
-def test_no_text_in_any_place_of_a_page_becomes_markup(run: Path, page: str, payload: str):
+@pytest.fixture(scope="module")
+def place(run: Path, client: httpx.Client) -> Callable[[str, str], bytes]:
+    """A page with a text at one of seven places."""
     library = Library.open(run)
-    data = {
-        "overview": lambda: app.overview_view(library),
-        "latent": lambda: app.latent_view(library, 3),
-        "error": lambda: {"error": {"field": "text", "given": "given", "allowed": "allowed"}},
-    }.get(page, dict)()
-    data["missing"] = [{"what": "what", "why": "why", "command": "mlsae analyze"}]
+    latent, overview = app.latent_view(library, 3), app.overview_view(library)
+    stranger = Guarded(create_app(library))
 
-    def shown(hostile: str) -> Page:
-        site = {"name": "name" + hostile, "lm": "lm" + hostile, "n_latents": 7, "layers": (0, 1)}
-        return Page(app.rendered(page, site, replaced(data, hostile)))
+    def rendered(page: str, data: Any, text: str, **site: Any) -> bytes:
+        return app.rendered(page, SITE | site, replaced(data, repeat(text)))
 
-    benign, hostile = shown("benign"), shown(payload)
-    assert hostile.elements == benign.elements
-    assert json.loads(hostile.data) == json.loads(answers.json_bytes(replaced(data, payload)))
-    assert ("lm" + payload).split("\x00")[0] in hostile.text
+    def raw(text: str) -> str:
+        return "".join(each if "!" <= each <= "~" else _quoted(each).decode() for each in text)
+
+    return lambda name, text: {
+        "token": lambda: rendered("latent", latent | {"missing": NOTE}, text),
+        "dataset text": lambda: rendered("overview", overview | {"missing": NOTE}, text),
+        "LM name": lambda: rendered("prompt", {"missing": []}, "", lm=f"lm{text}", name=f"name{text}"),
+        "layer label": lambda: rendered("search", {"missing": []}, "", layers=[f"0{text}", f"1{text}"]),
+        "error": lambda: rendered("error", ERROR, text),
+        "prompt": lambda: client.get(f"/prompt?text={_quoted(text).decode()}", headers=PAGE).content,
+        "URL": lambda: stranger.one("GET", f"/{raw(text)}?{raw(text)}", *PAGE.items()).body,
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["token", "prompt", "LM name", "layer label", "dataset text", "error", "URL"])
+def test_no_text_in_any_place_of_a_page_becomes_markup(place: Callable[[str, str], bytes], name: str):
+    benign = Page(place(name, "benign").decode())
+    seen = {
+        "LM name": "lm{}: 7 latents",
+        "error": "given{}",
+        "dataset text": "Missing: what{}.",
+        "token": "Missing: what{}.",
+    }
+    for payload in PAYLOADS:
+        hostile, shown = Page(place(name, payload).decode()), payload.encode("utf-8", "backslashreplace").decode()
+        assert hostile.elements == benign.elements, payload
+        if name != "URL":
+            assert json.loads(hostile.data) == json.loads(benign.data.replace("benign", json.dumps(shown)[1:-1])), (
+                payload
+            )
+        assert seen.get(name, "").format(shown) in hostile.text, payload
+    assert len(PAYLOADS) >= 40
 
 
 def test_no_script_makes_markup_of_text():

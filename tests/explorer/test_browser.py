@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from explorer.conftest import N_LATENTS, N_LAYERS
-from explorer.test_app import PAYLOADS, replaced
+from explorer.payloads import PAYLOADS, replaced
 from mlsae.explorer import Running, open_explorer
 
 CHROMIUM = os.environ.get("MLSAE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -174,6 +175,26 @@ def test_the_heatmap_opens_the_latent_under_the_mouse(page: Page):
     expect(page).to_have_url(re.compile(r"/latents/\d+"))
 
 
+def test_the_other_buttons_of_a_mouse_open_nothing(page: Page):
+    settled(page, "/overview")
+    canvas = page.locator("canvas").first
+    for button in ("right", "middle"):
+        canvas.click(button=button)
+    page.wait_for_timeout(200)
+    assert page.url.endswith("/overview")
+
+
+def test_a_heatmap_that_could_not_be_read_is_asked_for_again(page: Page):
+    page.route("**/heatmap.bin*", lambda route: route.fulfill(body=b""))
+    page.goto("/overview")
+    expect(page.get_by_role("alert")).to_be_visible()
+    page.unroute_all()
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.locator("canvas").first.hover()
+    expect(page.locator(".readout b").first).to_contain_text("latent")
+
+
 def test_a_note_is_saved_and_is_there_again(page: Page, run: Path):
     settled(page, "/latents/7")
     page.get_by_placeholder(re.compile("What you think")).fill("begins <b>sentences</b>")
@@ -222,19 +243,40 @@ def test_every_layer_is_named_on_the_overview(page: Page):
 # ---- no text becomes markup ------------------------------------------------------------------------------------------
 
 
+ELEMENTS = "[...document.querySelectorAll('*')].map((e) => [e.tagName, ...e.getAttributeNames()].sort().join()).sort()"
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_no_text_of_any_answer_becomes_an_element(page: Page, path: str):
-    def elements(hostile: str) -> list[str]:
+    dealt = 0
+
+    def elements(payloads: Iterator[str]) -> list[str]:
+        def counted() -> Iterator[str]:
+            nonlocal dealt
+            for payload in payloads:
+                dealt += 1
+                yield payload
+
+        def hostile(data: str) -> str:
+            return json.dumps(replaced(json.loads(data), counted())).replace("<", "\\u003c")
+
         def answer(route: Any) -> None:
             kept = route.fetch()
-            route.fulfill(response=kept, body=json.dumps(replaced(kept.json(), hostile)))
+            route.fulfill(response=kept, body=hostile(kept.text()))
+
+        def answer_page(route: Any) -> None:
+            kept = route.fetch()
+            before, data, after = re.split(r'(?<=id="data">)(.*)(?=</script>)', kept.text(), maxsplit=1)
+            route.fulfill(response=kept, body=before + hostile(data) + after)
 
         page.unroute_all()
         page.route(re.compile(r"/(?!progress|training)[^?]*\.json(\?|$)"), answer)
+        page.route(re.compile(re.escape(path.partition("?")[0]) + r"(\?|$)"), answer_page)
         settled(page, path)
-        return page.evaluate("[...document.querySelectorAll('*')].map((e) => e.tagName).sort()")
+        return page.evaluate(ELEMENTS)
 
-    benign = elements("benign")
-    for payload in PAYLOADS[:3]:
-        assert elements(payload) == benign, payload
+    benign, dealt, payloads = elements(repeat("benign")), 0, cycle(PAYLOADS)
+    while (before := dealt) < len(PAYLOADS):
+        assert elements(payloads) == benign
+        assert dealt > before
     page.unroute_all()

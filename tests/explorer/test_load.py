@@ -1,5 +1,6 @@
 """The real app when many ask at once and when they leave: every answer is right or a refusal, and nothing is left behind."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -11,7 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from explorer.sites import BEARER, HOME, HOST, JSON, Ask, Guarded, requests_of
 from mlsae.explorer import Running, open_explorer
+from mlsae.explorer.app import create_app
+from mlsae.explorer.inference import Busy, Worker
+from mlsae.explorer.library import Library
 from mlsae.lm import LanguageModel
 
 TEXTS = ("the cat sat", "on a mat", "a dog ran home", "x")
@@ -72,6 +77,70 @@ def test_many_at_once_get_their_own_answer_or_a_refusal(site: Running, client: h
     assert sum(status == 200 for status, _, _ in answers) >= 17, "one runs and sixteen wait"
     assert client.post("/prompt.json", json={"text": TEXTS[0]}).json() == alone[0]
     assert client.get("/progress.json").json() == {"queued": 0, "running": None, "lm": "ready"}
+
+
+# ---- when the queue is full ------------------------------------------------------------------------------------------
+
+POST = [("host", HOST), BEARER, JSON]
+
+
+def full(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[], bool]) -> None:
+    monkeypatch.setattr(Worker, "is_full", property(lambda worker: is_full()))
+
+
+def test_exactly_what_the_worker_computes_is_refused_at_the_door(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    reached = []
+
+    async def run(worker: Worker, *asked: Any) -> None:
+        reached.append(asked)
+        raise Busy
+
+    monkeypatch.setattr(Worker, "run", run)
+    app = Guarded(create_app(Library.open(tiny_run)))
+    computed, refused = set(), set()
+    for is_full, found in ((False, computed), (True, refused)):
+        full(monkeypatch, lambda is_full=is_full: is_full)
+        for method, path in requests_of(app.app):
+            for fields in ({}, {"text": "a"}, {"text": "a", "other": "b"}):
+                query = "&".join(f"{name}={value}" for name, value in fields.items())
+                ask = Ask(method, f"{path}?{query}", [*POST, ("origin", HOME)], [json.dumps(fields).encode()])
+                (answer,) = app.ask([ask])
+                if answer.status == 503:
+                    assert json.loads(answer.body)["error"]["field"] == "queue"
+                    assert answer.header("retry-after") is not None
+                    found.add((method, path))
+        if not is_full:
+            reached.clear()
+    assert len(computed) == 10
+    assert refused == computed
+    assert reached == []
+
+
+def test_who_comes_after_a_crowd_is_answered_before_it(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    full(monkeypatch, lambda: True)
+    app, done = Guarded(create_app(Library.open(tiny_run))), []
+
+    async def asked(ask: Ask) -> None:
+        await app._ask(ask)
+        done.append(ask.path)
+
+    async def crowd() -> None:
+        crowd = [asked(Ask("POST", "/prompt.json", POST, [b"{}"])) for _ in range(200)]
+        await asyncio.gather(*crowd, asked(Ask("GET", "/health", [("host", HOST)])))
+
+    asyncio.run(crowd())
+    assert len(done) == 201
+    assert done.index("/health") < 20
+
+
+def test_a_place_that_becomes_free_is_given_to_who_stands_in_line(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    looks = iter([True, *[False] * 9])
+    full(monkeypatch, lambda: next(looks))
+    answer = Guarded(create_app(Library.open(tiny_run))).one("POST", "/prompt.json", BEARER, JSON, body=b"{}")
+    assert answer.status == 422, "its text is missing: it was looked at"
+
+
+# ---- who leaves ------------------------------------------------------------------------------------------------------
 
 
 def test_those_who_leave_free_their_places_and_end_their_jobs(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable
 from functools import cache
@@ -18,11 +19,12 @@ from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from mlsae.errors import ResourceError
 from mlsae.explorer.answers import QueryFlag, QueryIndex, json_bytes, json_response, parse, shape_errors
 from mlsae.explorer.heatmap import heatmap_bytes
-from mlsae.explorer.inference import Worker
+from mlsae.explorer.inference import Busy, Worker
 from mlsae.explorer.latents import latent_view, neighbours_view
 from mlsae.explorer.library import Library
 from mlsae.explorer.logits import LogitsRequest, latent_logits_view, logits_view
@@ -35,6 +37,8 @@ from mlsae.explorer.training import training_view
 
 HERE = Path(str(resources("mlsae.explorer")))
 NEEDED = ("static/js/main.js", "static/vendor/plot.umd.min.js", "templates/base.html")
+COMPUTED = re.compile(r"/(prompt|compare|steer|logits)\.json|/latents/[^/]+/(coactive|logits)\.json")
+"""Paths whose answers the worker computes."""
 
 
 class _Query(BaseModel):
@@ -138,13 +142,34 @@ def create_app(library: Library, *, settle: Callable[[], None] = lambda: None) -
         yield
         worker.close()
 
-    app = FastAPI(title="mlsae explorer", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = _Site(worker, title="mlsae explorer", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.mount(static_root(), _Kept(directory=HERE / "static"))
     shape_errors(app, page=lambda status, body: _page(library, "error", body, status))
     _add_numbers(app, library)
     _add_inference(app, worker)
     _add_pages(app, library)
     return app
+
+
+class _Site(FastAPI):
+    """An app before whose routing those wait for whom its worker has no place."""
+
+    def __init__(self, worker: Worker, **settings: Any):
+        super().__init__(**settings)
+        self._worker = worker
+        self._line = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._worker.is_full and COMPUTED.fullmatch(scope["path"]):
+            await self._stand_in_line()
+        await super().__call__(scope, receive, send)
+
+    async def _stand_in_line(self) -> None:
+        """Raises Busy unless a place is free by then. One a turn of the event loop: a crowd is not answered before all others."""
+        async with self._line:
+            await asyncio.sleep(0)
+            if self._worker.is_full:
+                raise Busy
 
 
 class _Kept(StaticFiles):
@@ -212,13 +237,14 @@ def _page(library: Library, name: str, data: dict[str, Any], status: int = 200) 
     return HTMLResponse(rendered(name, site, data), status)
 
 
-def rendered(page: str, site: dict[str, Any], data: dict[str, Any]) -> str:
-    """A page's HTML, its dict in words and, for its scripts, in a block that no text in it can end."""
+def rendered(page: str, site: dict[str, Any], data: dict[str, Any]) -> bytes:
+    """A page's HTML in UTF-8, its dict in words and, for its scripts, in a block that no text in it can end."""
     in_html = json_bytes(data).decode().replace("<", "\\u003c")
     return (
         _templates()
         .get_template(f"{page}.html")
         .render(page=page, site=site, data=data, data_json=Markup(in_html), static=static_root())
+        .encode("utf-8", "backslashreplace")  # a folder's name need not be Unicode
     )
 
 

@@ -9,11 +9,15 @@ from http import HTTPStatus
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlsae.explorer.answers import RESPONSE_BYTES, Refused, error_of, navigates
+from mlsae.explorer.answers import RESPONSE_BYTES, RETRY_AFTER_SECONDS, Refused, error_of, navigates
 
 METHODS = ("GET", "HEAD", "POST", "PUT")
 PRINTED = "the one that 'mlsae explore' printed when it started"
-TELLING = {401: [(b"www-authenticate", b"Bearer")], 405: [(b"allow", ", ".join(METHODS).encode())]}
+TELLING = {
+    401: [(b"www-authenticate", b"Bearer")],
+    405: [(b"allow", ", ".join(METHODS).encode())],
+    503: [(b"retry-after", b"%d" % RETRY_AFTER_SECONDS)],
+}
 
 PAGE = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

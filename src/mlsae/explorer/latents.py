@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mlsae.analysis.depth import distribute
-from mlsae.analysis.example_file import Example, read_examples
+from mlsae.analysis.example_file import read_examples
+from mlsae.analysis.example_rows import Example
 from mlsae.analysis.latents import ENDS, read_row
 from mlsae.errors import ConfigError, ModelError
 from mlsae.explorer.kept import named
@@ -195,10 +196,7 @@ def neighbours_view(library: "Library", latent: int, n: int = 20) -> dict[str, A
     library.checked_latent(latent)
     if not 1 <= n <= MAX_NEIGHBOURS:
         raise ConfigError("n", f"{n} given; 1 to {MAX_NEIGHBOURS}")
-    sae = library.sae
-    if sae is None:
-        raise ModelError("sae", "this run has not saved one yet; wait for its first checkpoint")
-    ids, cosines = nearest(sae.W_dec.detach(), latent, n)
+    ids, cosines = nearest(library.needed_sae().W_dec.detach(), latent, n)
     columns = {} if library.table is None else library.table.columns
     shown = {name: columns[name][ids].tolist() for name in NUMBERS if name in columns}
     found = [

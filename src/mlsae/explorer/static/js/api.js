@@ -2,7 +2,7 @@
 import { useEffect, useRef, useState } from "../vendor/preact-htm.module.js";
 
 /** A refusal of the server: what was given, in which field, and what is allowed. */
-export class Refused extends Error {
+class Refused extends Error {
   constructor(status, { field, given, allowed }) {
     super(allowed);
     Object.assign(this, { status, field, given, allowed });
@@ -34,7 +34,7 @@ export async function ask(url, { body, method, signal, bytes = false } = {}) {
 }
 
 /** Ask /progress.json three times a second, from 300 ms on, until the function returned here is called. */
-export function watchProgress(tell) {
+function watchProgress(tell) {
   let over = false;
   const look = async () => {
     if (over) return;
@@ -62,6 +62,7 @@ export function useAnswer(request, first = null) {
   const known = useRef(first === null ? null : key);
   const stop = useRef(() => {});
   useEffect(() => {
+    if (key === null) set((old) => (old.busy ? { ...old, busy: false, progress: null } : old)); // its request was given up
     if (key === null || (known.current === key && round === 0)) return undefined;
     known.current = null;
     const controller = new AbortController();
@@ -92,7 +93,7 @@ let site = null;
 /** The SAE in short, {n_latents, layers}: from the shell, else asked once. */
 export function theSite() {
   const { nLatents, layers } = document.body.dataset;
-  if (nLatents !== undefined) site ??= Promise.resolve({ n_latents: Number(nLatents), layers: layers.split(",").map(Number) });
+  if (nLatents !== undefined) site ??= Promise.resolve({ n_latents: Number(nLatents), layers: layers.split(",").filter(Boolean).map(Number) });
   site ??= ask("/overview.json").then((d) => d.sae, () => ({ n_latents: Infinity, layers: [] }));
   return site;
 }

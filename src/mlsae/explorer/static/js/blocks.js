@@ -5,7 +5,7 @@ import { ramp } from "./ramp.js";
 const HEADER_BYTES = 20;
 
 /** Read a block: {nLayers, nColumns, start, stop, total, latents, values}, values by layer then column. */
-export function parseBlock(buffer) {
+function parseBlock(buffer) {
   const [nLayers, nColumns, start, stop, total] = new Uint32Array(buffer, 0, 5);
   const latents = new Int32Array(buffer, HEADER_BYTES, nColumns);
   const values = new Uint8Array(buffer, HEADER_BYTES + 4 * nColumns, nLayers * nColumns);

@@ -9,7 +9,7 @@ const OPS = [
 ];
 
 /** {latent, layers: [..] | null, op, dose} of `7:3,4:add:2`, or null if it is none. */
-export function parseEdit(text) {
+function parseEdit(text) {
   const [, latent, layers, op, dose] = /^([0-9]{1,15}):(all|[0-9]+(?:,[0-9]+)*):(add|clamp|ablate):(-?[0-9.]+(?:e-?[0-9]+)?)$/.exec(text) ?? [];
   if (latent === undefined || !Number.isFinite(Number(dose))) return null;
   return { latent: Number(latent), layers: layers === "all" ? null : layers.split(",").map(Number), op, dose: Number(dose) };

@@ -16,7 +16,7 @@ const cell = (x) => {
 };
 
 /** Rows (the first names the columns) as CSV text. */
-export const csvOf = (rows) => rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+const csvOf = (rows) => rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
 
 function onPaper(width, height, draw) {
   const scale = 2;

@@ -13,7 +13,7 @@ const FEWEST = 12;
 const clamp = (x, lo, hi) => Math.max(lo, Math.min(hi, x));
 
 /** A view moved by `shift` places and zoomed by `factor` about a place; stays within 0 and total. */
-export function moved({ start, stop }, total, { shift = 0, factor = 1, about = (start + stop) / 2 }) {
+function moved({ start, stop }, total, { shift = 0, factor = 1, about = (start + stop) / 2 }) {
   const span = clamp((stop - start) * factor, Math.min(FEWEST, total), total);
   const left = clamp(about - ((about - start) / (stop - start)) * span + shift, 0, total - span);
   return { start: left, stop: left + span };
@@ -90,6 +90,7 @@ function useMap(layers, rowHeight, query, fail) {
       else map.near = null;
       setQuery({ start: all ? null : start, stop: all ? null : stop }, { replace: true });
       map.paint();
+      fail(null);
       redraw((n) => n + 1);
     } catch (error) {
       if (error.name !== "AbortError") fail(error);
@@ -122,6 +123,7 @@ function useMap(layers, rowHeight, query, fail) {
       still();
       map.controller?.abort();
       clearTimeout(map.timer);
+      cancelAnimationFrame(map.frame);
     };
   }, []);
   return [canvas, map];
@@ -150,7 +152,7 @@ function useHands(canvas, map, layers, rowHeight, open) {
   }, []);
   return {
     onPointerDown(event) {
-      if (!map.view) return;
+      if (!map.view || event.button !== 0) return;
       canvas.current.setPointerCapture(event.pointerId);
       hands.set(event.pointerId, { x: event.clientX, from: event.clientX, far: 0 });
     },
@@ -221,9 +223,8 @@ export function Heatmap({ layers, query, rows }) {
   rows.current = () => rowsOf(map, layers);
   const { cursor } = map;
   const found = cursor && map.base ? map.latent(cursor.place) : null;
-  if (error) return html`<${Failure} error=${error} />`;
-  return html`<div class="stack"><div class="stack"><canvas class="map" ref=${canvas} tabindex="0" role="application" aria-label="Share of each latent's activity by layer. Arrow keys move, plus and minus zoom, Enter opens the latent." ...${hands}></canvas></div>
-    <div class="row"><p class="readout">${found
+  return html`<div class="stack">${error && html`<${Failure} error=${error} again=${map.look} />`}<div class="stack"><canvas class="map" ref=${canvas} tabindex="0" role="application" aria-label="Share of each latent's activity by layer. Arrow keys move, plus and minus zoom, 0 shows all, Enter opens the latent." ...${hands}></canvas></div>
+    <div class="row"><p class="readout" aria-live="polite">${found
       ? html`<b>latent ${found.id}</b>, layer ${layers[cursor.row]}: P(layer | latent) = <b>${num(found.share(cursor.row), 2)}</b>${found.of > 1.01 ? ` (mean of ${num(Math.round(found.of))} latents beside it)` : ""}`
       : "Point at the map; click opens the latent. Drag moves, ctrl + wheel or pinch zooms (plain wheel once it has the focus)."}</p>
       <span class="push"></span><button type="button" class="quiet" onClick=${() => map.go({ factor: 0.5 })} aria-label="Zoom in">+</button><button type="button" class="quiet" onClick=${() => map.go({ factor: 2 })} aria-label="Zoom out">−</button>

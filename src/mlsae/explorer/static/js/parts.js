@@ -50,7 +50,7 @@ export function Strip({ tokens, levels, max, selected, onSelect, label, title })
     const at = event.target.closest("[data-pos]")?.dataset.pos;
     if (at !== undefined) onSelect(Number(at));
   };
-  return html`<div class="strip" ref=${box} role="listbox" tabindex="0" aria-label=${label} aria-activedescendant=${selected === null ? undefined : `tok-${selected}`} onKeyDown=${onKeyDown} onClick=${onClick}>
+  return html`<div class="strip" ref=${box} role="listbox" tabindex="0" aria-label=${label} aria-activedescendant=${selected === null || selected === undefined ? undefined : `tok-${selected}`} onKeyDown=${onKeyDown} onClick=${onClick}>
     ${tokens.map((t, i) => html`<span key=${i} id=${`tok-${i}`} data-pos=${i} role="option" aria-selected=${i === selected} class=${`tok ${t.visible ? "" : "off"} ${shade(levels?.[i], max)}`} title=${title?.(i)}>${oneLine(t.string)}</span>`)}
   </div>`;
 }
@@ -88,7 +88,7 @@ export function Table({ columns, rows, sort, onSort, rowKey, selected, sticky, w
   };
   return html`<div class=${`scroll ${sticky ? "sticky" : ""} ${wide ? "wide" : ""} ${stacked ? "stacked" : ""}`} tabindex=${sticky ? 0 : undefined} role=${sticky ? "region" : undefined} aria-label=${sticky ? label : undefined}>
     <table><caption class="hidden">${label}</caption><thead><tr>${columns.map(head)}</tr></thead>
-    <tbody>${rows.map((row, i) => html`<tr key=${rowKey ? rowKey(row) : i} class=${row.isTotal ? "total" : ""} aria-selected=${selected?.(row) || undefined}>
+    <tbody>${rows.map((row, i) => html`<tr key=${rowKey ? rowKey(row) : i} class=${row.isTotal ? "total" : ""} aria-current=${selected?.(row) ? "true" : undefined}>
       ${columns.map((c) => html`<td key=${c.key} data-label=${stacked ? c.title : undefined} class=${`${c.left ? "left" : ""} ${c.wrap ? "wrap" : ""}`}>${c.cell(row)}</td>`)}</tr>`)}</tbody></table>
     ${rows.length === 0 && html`<p class="empty">${empty}</p>`}</div>`;
 }

@@ -18,7 +18,7 @@ export function tableOf(cells, nLayers, nTokens) {
 }
 
 /** The largest value of a [row][pos] table among visible positions: the masked ones are shown, never counted. */
-export function visibleMax(table, tokens) {
+function visibleMax(table, tokens) {
   let top = 0;
   for (const row of table) row.forEach((x, pos) => { if (tokens[pos].visible && x > top) top = x; });
   return top || largest(table.flat());
@@ -41,7 +41,7 @@ export function Map({ reading, table, title, about, name, selected, onSelect }) 
 export function Top({ reading, row, pos, latent, onLatent }) {
   const { layers, tokens, top } = reading;
   const max = largest(top.flatMap((r) => r[pos]?.map(([, v]) => v) ?? []));
-  const pick = ([id, value]) => html`<button key=${id} type="button" class=${`chip ${shade(value, max)} ${id === latent ? "same" : ""}`} title=${`latent ${id}: ${num(value)}`} aria-pressed=${undefined} onClick=${() => onLatent(id)}>${id} <small>${num(value, 2)}</small></button>`;
+  const pick = ([id, value]) => html`<button key=${id} type="button" class=${`chip ${shade(value, max)} ${id === latent ? "same" : ""}`} title=${`latent ${id}: ${num(value)}`} aria-current=${id === latent ? "true" : undefined} onClick=${() => onLatent(id)}>${id} <small>${num(value, 2)}</small></button>`;
   const rows = layers.map((_, r) => r).reverse();
   const csv = () => [["layer", "position", "latent", "activation"], ...top.flatMap((r, i) => r[pos].map(([id, v]) => [layers[i], pos, id, v]))];
   return html`<${Figure} title=${`Top latents at “${oneLine(tokens[pos].string)}”`} name="top-latents" csv=${csv} picture=${false} about=${`position ${pos}${row === null ? "" : `, layer ${layers[row]}`}`}>

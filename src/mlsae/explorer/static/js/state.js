@@ -2,7 +2,7 @@
 import { useEffect, useState } from "../vendor/preact-htm.module.js";
 
 /** Longer states are kept in this tab's history instead: servers refuse very long addresses. */
-export const LONGEST_URL = 6000;
+const LONGEST_URL = 6000;
 
 const listeners = new Set();
 let query = read();
@@ -16,7 +16,7 @@ function tell() {
 }
 
 /** A query with `patch` applied: null, "" and false remove a key, an array repeats it. */
-export function patched(from, patch) {
+function patched(from, patch) {
   const next = new URLSearchParams(from);
   for (const [key, value] of Object.entries(patch)) {
     next.delete(key);

@@ -98,6 +98,6 @@ export function Page({ data }) {
   return html`<div class="body"><${Form} text=${text} other=${other} />
     ${(text !== "" && (request.error || !reading || request.busy || request.cancelled)) && html`<${Status} request=${request} />`}
     ${text === "" && html`<${Empty}>Type a text and press Read. The language model is loaded with the first one.<//>`}
-    ${reading && html`<${Reading} reading=${reading} query=${query} busy=${request.busy && reading.text !== text} />`}
+    ${reading && html`<${Reading} reading=${reading} query=${query} busy=${reading.text !== text} />`}
     ${other !== "" && text !== "" && html`<${Compare} text=${text} other=${other} />`}</div>`;
 }

@@ -12,7 +12,7 @@ import { Empty, Status } from "../status.js";
 const N_NEW = 20;
 
 /** The unit of an answered edit in words: what dose 1 is. */
-export function unitWords(edit) {
+function unitWords(edit) {
   if (edit.op === "ablate" || edit.unit_from === "none") return edit.unit_from === "none" && edit.op !== "ablate" ? "dose in activation: its mean is not known" : "";
   const known = edit.unit.filter((x) => x !== null);
   const [lo, hi] = [Math.min(...known), Math.max(...known)];
