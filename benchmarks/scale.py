@@ -144,7 +144,10 @@ def expected(work: Work, dp: int, tp: int) -> dict[str, tuple[int, int]]:
     tokens = -(-work.tokens // dp)
     over_tp = costs.code_payload(work.n_layers, tokens, work.k)
     over_tp += costs.sums_payload(work.n_layers, tokens, work.d_model)
-    over_dp = costs.clock_payload(work.n_latents), costs.gradient_payload(work.n_latents, work.d_model, 1 / tp)
+    over_dp = (
+        costs.clock_payload(work.n_latents, work.n_layers),
+        costs.gradient_payload(work.n_latents, work.d_model, 1 / tp),
+    )
     return {"tp": (over_tp if tp > 1 else 0, 0), "dp": over_dp if dp > 1 else (0, 0)}
 
 

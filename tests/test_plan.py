@@ -150,7 +150,7 @@ def test_a_steps_traffic_by_hand():
     handed, sent = traffic_of(
         laid_out(config, run_of(config, lm_size(config), gpus.GPUS["h100"], "float32", "float32"))
     )
-    code, sums, gradients, clock = 2 * 2 * 3 * 8, 2 * 2 * 4 * 4, 2 * 5 * 4 * 4, 10 * 4
+    code, sums, gradients, clock = 2 * 2 * 3 * 8, 2 * 2 * 4 * 4, 2 * 5 * 4 * 4, (10 + 1 + 2) * 4
     assert handed == {"tp": 2 * (code + sums), "dp": gradients + 2 * clock}
     assert sent == {"tp": 2 * (code + sums), "dp": gradients + 2 * clock}  # in rings of two
 

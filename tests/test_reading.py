@@ -125,6 +125,7 @@ def test_on_cuda_the_next_batch_is_being_read_while_this_one_is_used(lm, monkeyp
 
     class OnCuda(LanguageModel):
         device = torch.device("cuda")  # type: ignore[assignment]
+        spread = False
 
     def reads(_, sae, tokens):
         log.append(("side", "reads", len(tokens)))

@@ -176,9 +176,12 @@ def gradient_payload(n_latents: int, d_model: int, share: float) -> int:
     return int(8 * n_latents * d_model * share)
 
 
-def clock_payload(n_latents: int) -> int:
-    """`4 n`: which latents were active on any dp rank; one all-reduce for each micro-batch."""
-    return 4 * n_latents
+def clock_payload(n_latents: int, n_layers: int) -> int:
+    """`4 (n + 1 + L)`: which latents were active on any dp rank, on how many tokens, and each layer's squared error.
+
+    Two all-reduces for each micro-batch.
+    """
+    return 4 * (n_latents + 1 + n_layers)
 
 
 def reduced_wire(payload: int, ranks: int) -> int:

@@ -195,7 +195,7 @@ def traffic_of(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         payload["tp"], wire["tp"] = (run.accumulation_steps * n for n in (code + sums, sent))
     if run.dp > 1:
         gradients = costs.gradient_payload(run.n_latents, d_model, run.share)
-        payload["dp"] = gradients + run.accumulation_steps * costs.clock_payload(run.n_latents)
+        payload["dp"] = gradients + run.accumulation_steps * costs.clock_payload(run.n_latents, run.n_layers)
         wire["dp"] = costs.reduced_wire(payload["dp"], run.dp)
     return payload, wire
 

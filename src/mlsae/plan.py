@@ -34,8 +34,8 @@ FRACTIONS = {
     "cuda": (0.4, "assumed: no GPU was measured; give --efficiency once yours was"),
 }
 """Of the bound, what to expect, and why."""
-CALLS = {"tp": "2 each forward pass", "dp": "2 each step, and small ones each forward pass"}
-"""Collectives by axis; AuxK takes 2 more over tp in each forward pass while a latent is dead."""
+CALLS = {"tp": "2 each forward pass", "dp": "2 each step, 2 small ones each forward pass"}
+"""Collectives by axis; AuxK takes 2 more over either in each forward pass while a latent is dead."""
 
 
 @dataclass(frozen=True)

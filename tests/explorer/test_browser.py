@@ -213,6 +213,7 @@ def test_keys_lead_from_page_to_page(page: Page):
     settled(page, "/latents/3")
     page.keyboard.press("]")
     expect(page).to_have_url(re.compile("/latents/4$"))
+    expect(page.locator("html[data-ready]")).to_be_visible()
     page.keyboard.press("/")
     expect(page.locator("#go input")).to_be_focused()
 
