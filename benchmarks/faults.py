@@ -50,7 +50,7 @@ FAULTS = [
     # ---- the right stream --------------------------------------------------------------------------------------------
     Fault(
         "the embeddings are layer 0",
-        "lm.py",
+        "blocks.py",
         "row.copy_(resid)",
         "row.copy_(flowing)",
         "test_lm.py::test_every_layer_equals_an_independent_hook",
@@ -58,16 +58,23 @@ FAULTS = [
     Fault(
         "a layer is read one block too late",
         "lm.py",
-        "edits | {layer: _keep_in(row)",
-        "edits | {min(layer + 1, self.n_layers - 1): _keep_in(row)",
+        "edits | {layer: keep_in(row)",
+        "edits | {min(layer + 1, self.n_layers - 1): keep_in(row)",
         "test_lm.py::test_every_layer_equals_an_independent_hook",
+    ),
+    Fault(
+        "what was seen before is forgotten",
+        "lm.py",
+        'more |= {} if past is None else {"past_key_values": past}',
+        "more |= {}",
+        "test_lm.py::test_going_on_from_what_was_seen_is_the_pass_over_all",
     ),
     Fault(
         "the last layer is read after the final norm",
         "lm.py",
-        "        self._run(self.hf.base_model, tokens, edits | {layer: _keep_in(row) for layer, row in zip(wanted, out)})\n",
+        "        self._run(self.hf.base_model, tokens, edits | {layer: keep_in(row) for layer, row in zip(wanted, out)})\n",
         "        final = self._run(\n"
-        "            self.hf.base_model, tokens, edits | {layer: _keep_in(row) for layer, row in zip(wanted, out)}\n"
+        "            self.hf.base_model, tokens, edits | {layer: keep_in(row) for layer, row in zip(wanted, out)}\n"
         "        )\n"
         "        if wanted[-1] == self.n_layers - 1:\n"
         "            out[-1] = final.last_hidden_state\n",

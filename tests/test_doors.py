@@ -48,7 +48,7 @@ ROOMS = [
     {"downloads", "card"},
     {"publish"},
     {"fingerprint"},
-    {"text", "devices", "sae"},
+    {"text", "devices", "sae", "blocks"},
     {"data", "hub", "losses", "parallel", "initial", "optimizer", "checkpoint", "shards"},
     {"lm", "trainer"},
     {"reading", "reporting", "prepare"},

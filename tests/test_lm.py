@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, DynamicCache
 
 import mlsae.downloads
 from mlsae.config import LMShape
@@ -226,6 +226,49 @@ def test_positions_that_are_not_asked_for_are_not_unembedded(llama: LanguageMode
 def test_an_impossible_number_of_last_positions(llama: LanguageModel, last: int):
     with pytest.raises(ConfigError, match=f"last: {last}; give 1 to 16"):
         llama.logits(tokens_of(), last=last)
+
+
+@pytest.mark.parametrize("parts", [[16], [3, 13], [9, 1, 1, 5]])
+def test_going_on_from_what_was_seen_is_the_pass_over_all(lm: LanguageModel, parts: list[int]):
+    """Of every architecture of these tests, with blocks replaced too."""
+    tokens, replace = tokens_of()[:1], {0: lambda resid: 1.5 * resid, LAST: lambda resid: resid - 1.0}
+    for edits in (None, replace):
+        past = lm.begin()
+        assert past is not None
+        found = [lm.logits(part, edits, past=past) for part in tokens.split(parts, 1)]
+        torch.testing.assert_close(torch.cat(found, 1), lm.logits(tokens, edits), rtol=1e-4, atol=1e-4)
+    assert lm.logits(tokens[:, :2], past=lm.begin()).shape[1] == 2  # nothing is left of the passes before
+
+
+def test_only_what_was_not_seen_before_is_computed(llama: LanguageModel):
+    past, rows = llama.begin(), []
+    llama.logits(tokens_of()[:1, :12], past=past)
+    mlp = blocks_of(llama)[0].get_submodule("mlp")
+    hook = mlp.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[1]))
+    llama.logits(tokens_of()[:1, 12:], past=past)
+    hook.remove()
+    assert rows == [4]
+
+
+def test_a_model_that_does_not_go_on_as_it_would_without_is_not_asked_to(llama: LanguageModel, monkeypatch):
+    monkeypatch.setattr(llama, "_goes_on", None)
+    monkeypatch.setattr("mlsae.lm.DynamicCache", Forgetful)
+    assert llama.begin() is None
+
+
+class Forgetful(DynamicCache):
+    """A cache that loses the values of what it is given first."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return super().update(key_states, 0 * value_states, layer_idx, *args, **kwargs)
+
+
+def test_a_sequence_in_parts_may_not_be_too_long_either(llama: LanguageModel):
+    past, limit = llama.begin(), llama.context_length
+    tokens = torch.zeros(1, limit, dtype=torch.int64)
+    llama.logits(tokens, past=past)
+    with pytest.raises(DataError, match=f"{limit + 1} in a sequence; .* at most {limit}"):
+        llama.logits(tokens[:, :1], past=past)
 
 
 def test_blocks_are_restored_after_an_error(lm: LanguageModel):

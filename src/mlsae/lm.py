@@ -1,27 +1,24 @@
 """Any Hugging Face causal language model: the residual stream after every block, and passes with blocks replaced.
 
-One mechanism does all of it. An *edit* stands in for a decoder block during one pass: it is given a function that runs
-the block, and the block's input, and returns the block's output. Reading a layer runs the block and keeps what it
-returned, replacing a layer changes it, and a block that need not be computed passes its input through.
+One mechanism does all of it: edits that stand in for decoder blocks during one pass (blocks.py).
 """
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mlsae import devices, files, hub
+from mlsae.blocks import Block, Edit, check_shape, keep_in, pass_through, replace_by, watch
 from mlsae.config import LMShape, check_layers
 from mlsae.errors import ConfigError, DataError, ModelError, printable
 from mlsae.tokens import Tokenizer
-
-Edit = Callable[[Callable[[], Tensor], Tensor], Tensor]
-"""(function that runs the block, the block's input) -> what the next block receives."""
 
 
 class LanguageModel:
@@ -55,7 +52,8 @@ class LanguageModel:
         self.n_layers, self.d_model = self.shape.n_layers, self.shape.d_model
         self.context_length = self.shape.context_length
         self.d_vocab = int(hf_model.config.get_text_config().vocab_size)
-        self._blocks = [_Block(module) for module in self._find_blocks()]
+        self._blocks = [Block(module) for module in self._find_blocks()]
+        self._goes_on: bool | None = None
         self._can_keep = "logits_to_keep" in inspect.signature(hf_model.forward).parameters
         self._check_itself()
 
@@ -153,8 +151,8 @@ class LanguageModel:
         wanted = tuple(range(self.n_layers)) if layers is None else tuple(layers)
         check_layers(wanted, self.shape)
         out = torch.empty(len(wanted), *tokens.shape, self.d_model, dtype=torch.float32, device=self.device)
-        edits: dict[int, Edit] = dict.fromkeys(range(max(wanted) + 1, self.n_layers), _pass_through)
-        self._run(self.hf.base_model, tokens, edits | {layer: _keep_in(row) for layer, row in zip(wanted, out)})
+        edits: dict[int, Edit] = dict.fromkeys(range(max(wanted) + 1, self.n_layers), pass_through)
+        self._run(self.hf.base_model, tokens, edits | {layer: keep_in(row) for layer, row in zip(wanted, out)})
         return out
 
     def logits(
@@ -163,6 +161,7 @@ class LanguageModel:
         replace: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         *,
         last: int | None = None,
+        past: Any = None,
     ) -> Float[Tensor, "batch shown {self.d_vocab}"]:
         """Logits in the model's dtype, with the output of each layer in `replace` replaced as it flows by.
 
@@ -171,23 +170,31 @@ class LanguageModel:
 
         Args:
             last: only those of so many last positions; others are not even computed, where the model can leave them out.
+            past: what `begin` gave: `tokens` follow those of the passes before, which are not computed again, and are
+                remembered with them. Equal to the pass over all of them to rounding.
         """
         if replace:
             check_layers(tuple(replace), self.shape)
         if last is not None and not 1 <= last <= tokens.shape[1]:
             raise ConfigError("last", f"{last}; give 1 to {tokens.shape[1]}, the positions that there are")
-        edits = {layer: _replace_by(fn, layer, self.device) for layer, fn in (replace or {}).items()}
+        edits = {layer: replace_by(fn, layer, self.device) for layer, fn in (replace or {}).items()}
         keep = {"logits_to_keep": last} if last is not None and self._can_keep else {}
-        logits = self._logits(tokens, edits, **keep)
+        logits = self._logits(tokens, edits, past=past, **keep)
         return logits if last is None else logits[:, -last:]
+
+    def begin(self) -> Any:
+        """Keys and values of no tokens yet, for `logits` to go on from; None if this model cannot, or not to the same logits."""
+        if self._goes_on is None:
+            self._goes_on = self._check_past()
+        return DynamicCache(config=self.hf.config) if self._goes_on else None
 
     def run_from(
         self, resid: Float[Tensor, "batch pos {self.d_model}"], layer: int, tokens: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos {self.d_vocab}"]:
         """Logits of the pass in which block `layer` puts out `resid`; blocks up to it are not computed. No grad."""
         check_layers((layer,), self.shape)
-        _check_shape(resid, (*tokens.shape, self.d_model), layer)
-        edits: dict[int, Edit] = dict.fromkeys(range(layer), _pass_through)
+        check_shape(resid, (*tokens.shape, self.d_model), layer)
+        edits: dict[int, Edit] = dict.fromkeys(range(layer), pass_through)
         return self._logits(tokens, edits | {layer: lambda run, flowing: resid.to(flowing)})
 
     def unembed(self, resid: Float[Tensor, "batch pos {self.d_model}"]) -> Float[Tensor, "batch pos {self.d_vocab}"]:
@@ -196,7 +203,7 @@ class LanguageModel:
         Nothing else reaches them, so any vector can be read so: at an earlier layer this is the logit lens.
         """
         tokens = torch.zeros(resid.shape[:2], dtype=torch.int64, device=self.device)
-        edits: dict[int, Edit] = dict.fromkeys(range(self.n_layers), _pass_through)
+        edits: dict[int, Edit] = dict.fromkeys(range(self.n_layers), pass_through)
         edits[self.n_layers - 1] = lambda run, flowing: resid.to(flowing)
         return self._pass(self.hf, tokens, edits).logits.to(self.device)
 
@@ -231,19 +238,20 @@ class LanguageModel:
             twin.save_pretrained(staged)
             self.tokenizer.hf.save_pretrained(staged)
 
-    def _pass(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit], **more: Any) -> Any:
+    def _pass(self, module: Any, tokens: Tensor, edits: Mapping[int, Edit], *, past: Any = None, **more: Any) -> Any:
         """One pass of the whole model, or of what lies below its unembedding, with `edits` standing in for blocks.
 
         There is never an attention mask. Padding is on the right, where no earlier position sees it, so prompts take
         the path of packed text, and models that count positions from the mask count as from a mask of ones.
         """
-        n_pos = tokens.shape[1]
+        n_pos = tokens.shape[1] + (0 if past is None else past.get_seq_length())
         if self.context_length and n_pos > self.context_length:
             raise DataError("tokens", f"{n_pos} in a sequence; {self.name} takes at most {self.context_length}")
         with contextlib.ExitStack() as stack:
             for layer, edit in edits.items():
                 stack.enter_context(self._blocks[layer].edited(edit))
-            return module(input_ids=tokens.to(self.device), use_cache=False, **more)
+            more |= {} if past is None else {"past_key_values": past}
+            return module(input_ids=tokens.to(self.device), use_cache=past is not None, **more)
 
     def _find_blocks(self) -> nn.ModuleList:
         """The list of decoder blocks: outermost ModuleList of the decoder with one module per layer."""
@@ -269,7 +277,7 @@ class LanguageModel:
         """Block l puts out one vector per token, blind to later tokens, and block l+1 takes it. Returns the logits."""
         inputs: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
-        clean = self._logits(tokens, {i: _watch(i, inputs, outputs) for i in range(self.n_layers)})
+        clean = self._logits(tokens, {i: watch(i, inputs, outputs) for i in range(self.n_layers)})
         for layer in range(self.n_layers):
             out = outputs[layer]
             if out.shape != (*tokens.shape, self.d_model):
@@ -290,6 +298,17 @@ class LanguageModel:
             self._check_equal(resumed, clean, f"cannot be resumed from layer {layer}")
         with torch.no_grad():
             self._check_equal(self.unembed(resid[-1]), clean, "unembeds its last layer with the help of the tokens")
+
+    def _check_past(self) -> bool:
+        """Whether a pass in three parts, each going on from the one before, gives the logits of the whole."""
+        tokens = (torch.arange(6, device=self.device)[None] * 5 + 2) % self.d_vocab
+        whole, past = self.logits(tokens), DynamicCache(config=self.hf.config)
+        try:
+            parts = [self.logits(part, past=past) for part in tokens.split([3, 1, 2], 1)]
+            self._check_equal(torch.cat(parts, 1), whole, "forgets")
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ModelError):
+            return False
+        return True
 
     def _check_equal(self, got: Tensor, want: Tensor, complaint: str, *, exactly: bool = False) -> None:
         if torch.equal(got, want):
@@ -317,83 +336,3 @@ def read_shape(id_or_dir: str | Path, revision: str | None = None) -> LMShape:
     """
     source = hub.locate(str(id_or_dir), revision, weights=False)
     return hub.shape_of(source.name, hub.read_config(source))
-
-
-# ---- editing blocks --------------------------------------------------------------------------------------------------
-
-
-class _Block:
-    """A decoder block whose forward an edit can stand in for."""
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-        self._rest: tuple[None, ...] | None = None  # what a block that is not run returns beside the stream
-
-    @contextlib.contextmanager
-    def edited(self, edit: Edit) -> Generator[None]:
-        """While open, the block returns what `edit` says, in the block's own kind: a tensor or a tuple."""
-        own = self._module.__dict__.get("forward")  # set by others, such as accelerate
-        self._module.forward = self._standing_in(self._module.forward, edit)
-        try:
-            yield
-        finally:
-            del self._module.forward
-            if own is not None:
-                self._module.forward = own
-
-    def _standing_in(self, forward: Callable[..., Any], edit: Edit) -> Callable[..., Any]:
-        def stand_in(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rest: tuple[Any, ...] | None = self._rest
-
-            def run() -> Tensor:
-                nonlocal rest
-                output = forward(hidden_states, *args, **kwargs)
-                if not isinstance(output, tuple):
-                    return output
-                rest = output[1:]
-                self._rest = (None,) * len(rest)
-                return output[0]
-
-            resid = edit(run, hidden_states)
-            return resid if rest is None else (resid, *rest)
-
-        return stand_in
-
-
-def _pass_through(run: Callable[[], Tensor], flowing: Tensor) -> Tensor:
-    return flowing
-
-
-def _keep_in(row: Tensor) -> Edit:
-    def edit(run: Callable[[], Tensor], flowing: Tensor) -> Tensor:
-        resid = run()
-        row.copy_(resid)
-        return resid
-
-    return edit
-
-
-def _replace_by(fn: Callable[[Tensor], Tensor], layer: int, device: torch.device) -> Edit:
-    def edit(run: Callable[[], Tensor], flowing: Tensor) -> Tensor:
-        resid = run()
-        replacement = fn(resid.to(device, torch.float32))
-        _check_shape(replacement, tuple(resid.shape), layer)
-        return replacement.to(resid)
-
-    return edit
-
-
-def _watch(layer: int, inputs: dict[int, Tensor], outputs: dict[int, Tensor]) -> Edit:
-    def edit(run: Callable[[], Tensor], flowing: Tensor) -> Tensor:
-        inputs[layer] = flowing.clone()
-        resid = run()
-        outputs[layer] = resid.clone()
-        return resid
-
-    return edit
-
-
-def _check_shape(resid: Any, expected: tuple[int, ...], layer: int) -> None:
-    shape = tuple(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
-    if shape != expected:
-        raise ConfigError("resid", f"{shape} given for layer {layer}; it must be [batch, pos, d_model] = {expected}")

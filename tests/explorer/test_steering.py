@@ -334,7 +334,13 @@ def test_of_several_groups_each_latent_is_edited_where_its_own_dictionary_reads(
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_a_continuation_is_greedy_and_steered_at_every_token_it_makes(tiny_lm: LanguageModel):
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_continuation_is_greedy_and_steered_at_every_token_it_makes(
+    tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, remembers: bool
+):
+    """Whether the language model goes on from what it has seen or, as some must, reads it all again."""
+    if not remembers:
+        monkeypatch.setattr(tiny_lm, "begin", lambda: None)
     sae = made_sae()
     session = session_of(Shelf(sae), tiny_lm)
     latent = strongest(tiny_lm, sae, 2)

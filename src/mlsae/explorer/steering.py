@@ -296,11 +296,13 @@ def _go_on(
     lm, sae = session.lm(), session.sae()
     tokens = torch.tensor([code.ids], device=lm.device)
     visible = code.visible[None].to(lm.device)
-    prompted: Tensor | None = None
+    prompted, past = None, lm.begin()
     while True:
         where = torch.nn.functional.pad(visible, (0, tokens.shape[1] - len(code.ids)), value=True)
         last = None if prompted is None else 1  # of what was already there, nothing is asked again
-        found = lm.logits(tokens, replacements(sae, changes, where, reconstruct=reconstruct), last=last)
+        n_asked = 1 if past is not None and last == 1 else tokens.shape[1]
+        replace = replacements(sae, changes, where[:, -n_asked:], reconstruct=reconstruct)
+        found = lm.logits(tokens[:, -n_asked:], replace, last=last, past=past)
         session.step()
         prompted = found[0] if prompted is None else prompted
         new = tokens[0, len(code.ids) :].tolist()
