@@ -308,6 +308,14 @@ def test_another_environment_is_announced(start, caplog, monkeypatch):
     assert "resuming with threads 1 -> 7: bit-exactness is not promised" in caplog.text
 
 
+def test_a_later_version_with_keys_more_goes_on(start):
+    """Row 43: a new key whose default is None says nothing that the run did not."""
+    start().save(make(1), keep=2)
+    assert same(start(resume=True, config=CONFIG | {"new": None}).load(), make(1))
+    with pytest.raises(ResourceError, match="new None -> 3"):
+        start(resume=True, config=CONFIG | {"new": 3})
+
+
 # ---- crash points ----------------------------------------------------------------------------------------------------
 
 

@@ -288,8 +288,12 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what makes two runs the same: every key but the folder's name."""
-    return files.json_digest({key: value for key, value in files.finite(dict(config)).items() if key != "out"})
+    """SHA-256 of what makes two runs the same: every key but the folder's name, and None like one that there is not.
+
+    So a run goes on with a later version, which has keys more.
+    """
+    values = files.finite(dict(config))
+    return files.json_digest({key: value for key, value in values.items() if key != "out" and value is not None})
 
 
 def export_sae(directory: Path, folder: Path, behaviour: dict[str, Any]) -> None:
