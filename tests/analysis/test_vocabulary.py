@@ -80,7 +80,7 @@ def test_a_planted_token_is_promoted_and_its_opposite_suppressed():
     torch.testing.assert_close(lens.promoted_logits[0], -lens.suppressed_logits[1])
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+@pytest.mark.parametrize("rows_at_once", [7, 100])
 def test_promoted_tokens_are_those_of_all_logits_whatever_the_block(llama: LanguageModel, rows_at_once: int):
     directions = rows(10)
     logits = llama.logits_along(directions)
