@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from conftest import train_command
 from mlsae import devices, fingerprint
@@ -14,6 +15,10 @@ from mlsae.explorer.inference import Shared
 from mlsae.explorer.library import Library
 from mlsae.lm import LanguageModel
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny_lm, tiny_hf_model
+
+ALL_ON_DISK = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 4 opens the files on the one device of such a map"
+)
 
 pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
@@ -55,6 +60,7 @@ def test_blocks_on_the_disk_change_no_bit(tmp_path, architecture):
     assert torch.equal(spread.unembed(resid[0]), whole.unembed(resid[0]))
 
 
+@ALL_ON_DISK
 @pytest.mark.parametrize("tie", [True, False])
 def test_all_of_it_on_the_disk_has_the_same_weights_and_logits(tmp_path, tie):
     """Embeddings and hashes too, which are read one at a time; a tied head is one weight."""
@@ -70,6 +76,7 @@ def test_all_of_it_on_the_disk_has_the_same_weights_and_logits(tmp_path, tie):
     assert torch.equal(spread.logits(tokens), whole.logits(tokens))
 
 
+@ALL_ON_DISK
 def test_a_gradient_passes_through_an_offloaded_head(tmp_path):
     """Lenses are trained through it."""
     folder = save_tiny_lm(tmp_path / "lm")
@@ -120,6 +127,7 @@ def test_replacements_and_readings_cross_to_where_each_block_is(lm):
     assert set(came) == {torch.float64}  # what a replaced block puts out is where its own output was
 
 
+@ALL_ON_DISK
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_read_from_the_disk(tmp_path, architecture):
     """The whole model, so that no module's name is needed."""
