@@ -1,15 +1,20 @@
 """Several processes for a test, as torchrun starts them: gloo on this machine's CPU."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+from tiny import save_tiny_lm
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -62,6 +67,19 @@ def gathered_rows(own: Any, groups: int, size: int, mesh: Any) -> Any:
     parts = mesh.gathered(torch.nn.functional.pad(by_group, (0, 0, 0, widest - by_group.shape[1])))
     shares = zip(parts, mesh.shares(size), strict=True)
     return torch.cat([part[:, : share.stop - share.start] for part, share in shares], 1).flatten(0, 1)
+
+
+def make_places(folder: Path) -> dict[str, str]:
+    """A tiny LM's folder and a corpus, made in a folder, by the names that training knows them by."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(50)]
+    (folder / "text").mkdir()
+    for split, n_documents in {"train": 80, "validation": 12}.items():
+        texts = [" ".join(draw.choices(words, k=draw.randint(3, 20))) for _ in range(n_documents)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "text" / f"{split}.jsonl").write_text(lines)
+    save_tiny_lm(folder / "lm", n_layers=3, d_model=16)
+    return {"lm": str(folder / "lm"), "data": str(folder / "text")}
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import os
 import pickle
 import random
@@ -18,8 +17,7 @@ from mlsae.checkpoint import RunDirectory
 from mlsae.config import TrainConfig
 from mlsae.errors import MlsaeError
 from mlsae.untrusted import read_json, read_jsonl
-from ranks import start_ranks, tell
-from tiny import save_tiny_lm
+from ranks import make_places, start_ranks, tell
 
 WALL = ("elapsed_seconds", "tokens_per_second")
 STEPS, CONTEXT, BATCH = 30, 16, 3
@@ -47,19 +45,6 @@ TORCHRUN = 5
 """Seconds after which torchrun would ask the others to end: while they look for each other they wait for whom may come."""
 PATIENCE = 30
 """Seconds in which the others must have ended."""
-
-
-def make_places(folder):
-    """A tiny LM's folder and a corpus."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(50)]
-    (folder / "text").mkdir()
-    for split, n_documents in {"train": 60, "validation": 12}.items():
-        texts = [" ".join(draw.choices(words, k=draw.randint(3, 20))) for _ in range(n_documents)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "text" / f"{split}.jsonl").write_text(lines)
-    save_tiny_lm(folder / "lm", n_layers=3, d_model=16)
-    return {"lm": str(folder / "lm"), "data": str(folder / "text")}
 
 
 def rank(config, dp, tp, resume):

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from mlsae import costs
 from mlsae.config import MLSAEConfig, TrainerConfig
 from mlsae.errors import ConfigError, DataError, MlsaeError
 from mlsae.mesh import ALONE, Mesh, check_layout, open_mesh
@@ -18,7 +19,7 @@ from ranks import free_port, gathered_rows, run_ranks
 CPU = torch.device("cpu")
 LAYOUTS = {2: ((1, 2), (2, 1)), 4: ((2, 2), (1, 4), (4, 1))}
 """(dp, tp) by the number of processes."""
-D_MODEL, K = 16, 5
+D_MODEL, K, K_AUX = 16, 5, 4
 
 
 def on_layouts(n, work, *args, layouts=None):
@@ -212,23 +213,32 @@ def test_fifty_steps_on_every_layout_are_those_of_one_process(n, rules):
     check_learning(n, rules, 50)
 
 
-def exchanges(mesh, dead):
-    """Collectives over dp, and bytes that they gave, of one micro-batch."""
+def exchanges(mesh, dead, axis="dp"):
+    """Collectives over an axis, and bytes that they gave, of one micro-batch."""
     sae = new_sae(mesh)
-    trainer = Trainer(sae, TrainerConfig(lr=1e-3, init_tokens=64, dead_after_tokens=50), mesh=mesh)
+    config = TrainerConfig(lr=1e-3, init_tokens=64, dead_after_tokens=50, k_aux=K_AUX)
+    trainer = Trainer(sae, config, mesh=mesh)
     trainer.initialise([vectors(0, 64)])
     trainer.quiet += 60 * dead
     mesh.calls.clear()
     mesh.bytes.clear()
     trainer.accumulate(vectors(1, 8)[:, mesh.share(8)])
     assert bool(trainer.dead().any()) == bool(dead)
-    return mesh.calls["dp"], mesh.bytes["dp"]
+    return mesh.calls[axis], mesh.bytes[axis]
 
 
 def test_a_micro_batch_takes_two_sums_over_dp_and_two_more_while_latents_are_dead():
     """Flags of 123 latents and a count; 3 squared errors; 3 means of the error, and what is left and the spread of 3 layers."""
     for dead, wanted in ((0, (2, 4 * (124 + 3))), (1, (4, 4 * (124 + 3 + 3 * D_MODEL + 6)))):
         assert on_layouts(2, exchanges, dead, layouts=[(2, 1)])[2, 1] == [wanted, wanted]
+
+
+def test_what_tp_ranks_exchange_is_as_the_formulas_say():
+    """`costs`: the candidates and the parts of reconstructions, and the same of AuxK while latents are dead."""
+    plain = costs.code_payload(3, 8, new_sae(ALONE).config.k) + costs.sums_payload(3, 8, D_MODEL)
+    more = plain + sum(costs.aux_payload(3, 8, K_AUX, D_MODEL))
+    for dead, wanted in ((0, (2, plain)), (1, (4, more))):
+        assert on_layouts(2, exchanges, dead, "tp", layouts=[(1, 2)])[1, 2] == [wanted, wanted]
 
 
 def not_finite(mesh):

@@ -68,7 +68,7 @@ def test_a_checkpoint_and_the_sae_are_on_disk_what_was_planned(trained):
     wanted = costs.checkpoint_bytes(n_latents, 32, config["groups"], n_layers, frame=True, lens=False)
     assert wanted == pytest.approx(held, abs=300)
     on_disk = sum(path.stat().st_size for path in step.iterdir())
-    assert 0 <= on_disk - wanted <= costs.LOGGED_BYTES
+    assert 0 <= on_disk - wanted <= 48 * 1024  # headers, manifest and state.json
     sae = sum(tensor.nbytes for tensor in load_file(trained / "sae" / "model.safetensors").values())
     assert costs.sae_bytes(n_latents, 32, config["groups"]) == pytest.approx(sae, abs=4 * n_layers * 40)
 

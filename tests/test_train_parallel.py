@@ -4,7 +4,6 @@ import importlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -26,8 +25,7 @@ from mlsae.prepare import described_sae, load_lm
 from mlsae.sae import MLSAE
 from mlsae.train import Loop, train
 from mlsae.untrusted import read_json, read_jsonl
-from ranks import free_port, gathered_rows, run_ranks
-from tiny import save_tiny_lm
+from ranks import free_port, gathered_rows, make_places, run_ranks
 
 module = importlib.import_module("mlsae.train")  # the package's own `train` is the function
 CPU = torch.device("cpu")
@@ -51,16 +49,7 @@ STEP_TOKENS = 96
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A tiny LM's folder and a corpus."""
-    folder = tmp_path_factory.mktemp("parallel")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(50)]
-    (folder / "text").mkdir()
-    for split, n_documents in {"train": 80, "validation": 12}.items():
-        texts = [" ".join(draw.choices(words, k=draw.randint(3, 20))) for _ in range(n_documents)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "text" / f"{split}.jsonl").write_text(lines)
-    save_tiny_lm(folder / "lm", n_layers=3, d_model=16)
-    return {"lm": str(folder / "lm"), "data": str(folder / "text")}
+    return make_places(tmp_path_factory.mktemp("parallel"))
 
 
 def config_of(places, out, steps, **changes):

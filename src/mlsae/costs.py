@@ -15,8 +15,6 @@ LENS_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GENERATOR_BYTES = 5056
 """State of torch's random-number generator."""
-LOGGED_BYTES = 48 * 1024
-"""Headers, manifest and state.json of a checkpoint, at most about."""
 RESID_COPIES = {"cpu": 4, "cuda": 6}
 """Copies of a micro-batch's vectors that live at once: as read, those left by the mask, in the frame, and their error; on a GPU
 the first two of the next micro-batch as well, which is read meanwhile."""

@@ -139,13 +139,14 @@ class ReconstructionSums:
         self.batch_sums += batch.double().cpu()
         self.n_batches += 1
 
-    def merge(self, other: "ReconstructionSums") -> None:
-        """Add the tokens of another pass."""
+    def merge(self, other: "ReconstructionSums") -> "ReconstructionSums":
+        """Add the tokens of another pass, in place."""
         for mine, theirs in zip(self.shards, other.shards, strict=True):
             mine.merge(theirs)
         self.sums += other.sums
         self.batch_sums += other.batch_sums
         self.n_batches += other.n_batches
+        return self
 
     def moments(self, without: int | None = None) -> Moments:
         """Those of all documents, or of all but one shard's."""

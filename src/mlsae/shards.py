@@ -148,11 +148,11 @@ def check_together(mesh: Mesh, work: Callable[[], Work]) -> None:
 
 
 def added_up(mesh: Mesh, sums: S) -> S:
-    """The sums of all processes of a job, on each: the leader adds them in the order of ranks, as `mlsae merge` adds parts."""
-    if mesh.alone:
+    """The sums of all dp ranks, on every rank: the leader adds them in the order of ranks, as `mlsae merge` adds parts."""
+    if mesh.dp == 1:
         return sums
     other = copy.deepcopy(sums) if mesh.leads else sums
-    for rank in range(1, mesh.dp * mesh.tp):
+    for rank in range(mesh.tp, mesh.dp * mesh.tp, mesh.tp):
         numbers = _in_memory(other)
         mesh.hand_over(numbers, rank)
         if mesh.leads:

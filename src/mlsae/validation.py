@@ -9,6 +9,7 @@ from mlsae.data import TokenBlocks
 from mlsae.lm import LanguageModel
 from mlsae.mesh import Mesh
 from mlsae.metrics import ReconstructionSums
+from mlsae.shards import added_up
 from mlsae.stream import packed_once, read_some
 from mlsae.trainer import Trainer
 
@@ -43,23 +44,4 @@ def validate(
         sums.update(vectors, sae.decode_lensed(code), code.values)
         if trainer.rules.validation_counts:
             trainer.tick(code, vectors.shape[1])
-    return float(_of_all(sums, mesh).quality().fvu.mean())
-
-
-def _of_all(sums: ReconstructionSums, mesh: Mesh) -> ReconstructionSums:
-    """The sums over what all dp ranks read."""
-    if mesh.dp == 1:
-        return sums
-    whole = ReconstructionSums(*sums.shards[0].mean.shape)
-    moments = sums.shards[0]
-    numbers = torch.tensor([moments.n_tokens, sums.n_batches], dtype=torch.float64)
-    tensors = [numbers, moments.mean, moments.deviation, sums.sums, sums.batch_sums]
-    for flat in mesh.gathered(torch.cat([tensor.flatten() for tensor in tensors]).to(mesh.device), "dp"):
-        part = ReconstructionSums(*moments.mean.shape)
-        parts = flat.cpu().split([tensor.numel() for tensor in tensors])
-        numbers, theirs = parts[0].long().tolist(), part.shards[0]
-        theirs.n_tokens, part.n_batches = numbers
-        theirs.mean, theirs.deviation = parts[1].view_as(theirs.mean), parts[2]
-        part.sums, part.batch_sums = parts[3].view_as(part.sums), parts[4].view_as(part.batch_sums)
-        whole.merge(part)
-    return whole
+    return float(added_up(mesh, sums).quality().fvu.mean())
